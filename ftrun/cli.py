@@ -1,0 +1,199 @@
+"""The ``ftrun`` command: ``ftrun stage=dpo model=qwen2 adapter=lora``.
+
+A word with a ``=`` is an override of the config tree; the first word without one is a command, and no command means: run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftrun
+from ftrun.errors import ConfigError, FtrunError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what was typed.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 the input is wrong, 75 wants to be requeued, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except FtrunError as error:
+        _show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `ftrun list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    from ftrun import help as pages
+
+    command = words[0] if words and words[0] in _COMMANDS else None
+    rest = words[1:] if command else words
+    if "--version" in words:
+        print(f"ftrun {ftrun.__version__}")  # noqa: T201
+        return 0
+    if "--help" in rest or "-h" in rest:
+        overrides = [word for word in rest if not word.startswith("-")]
+        pages.show_help(command, overrides)
+        return 0
+    return _COMMANDS[command](rest) if command else _run(rest)
+
+
+def _run(words: list[str]) -> int:
+    from ftrun import config, launch, summary
+
+    _refuse_options(words)
+    result = launch.run(config.compose(words), words)
+    return summary.conclude(result)
+
+
+def _resume(words: list[str]) -> int:
+    from ftrun import launch, summary
+
+    parser = _parser("resume", "Go on with a run that was stopped, from its newest checkpoint.")
+    parser.add_argument("folder", type=Path, help="the run's folder")
+    return summary.conclude(launch.resume(parser.parse_args(words).folder))
+
+
+def _show(words: list[str]) -> int:
+    from ftrun import config
+
+    _refuse_options(words)
+    print(config.compose(words).to_yaml(), end="")  # noqa: T201
+    return 0
+
+
+def _check(words: list[str]) -> int:
+    from ftrun import config, launch
+    from ftrun.display import console
+
+    _refuse_options(words)
+    launch.check(config.compose(words))
+    console.print("[green]no problems[/]")
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    from ftrun import help as pages
+
+    parser = _parser("list", "List the config groups, a group's options, or the keys of an option.")
+    parser.add_argument("what", nargs="?", metavar="GROUP[=OPTION]", help="optimizer, or optimizer=adamw")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    asked = parser.parse_args(words)
+    pages.show_list(asked.what, as_json=asked.json)
+    return 0
+
+
+def _runs(words: list[str]) -> int:
+    from ftrun import summary
+
+    parser = _parser("runs", "List the runs below a folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="default: outputs")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    asked = parser.parse_args(words)
+    summary.show_runs(asked.folder, as_json=asked.json)
+    return 0
+
+
+def _env(words: list[str]) -> int:
+    from ftrun import environment
+    from ftrun.display import console
+
+    parser = _parser("env", "Print versions, hardware and settings, for bug reports.")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    rows = environment.report() if not parser.parse_args(words).json else None
+    if rows is None:
+        print(json.dumps(dict(environment.report()), indent=2))  # noqa: T201
+        return 0
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"[bold]{name:<{width}}[/]  {value}", soft_wrap=True)
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    from ftrun import completion
+
+    parser = _parser("completion", "Print the script that makes a shell complete ftrun's words.")
+    parser.add_argument("shell", choices=completion.SHELLS)
+    print(completion.script(parser.parse_args(words).shell))  # noqa: T201
+    return 0
+
+
+def _complete(words: list[str]) -> int:
+    """Print the words that could stand last; the completion scripts call this."""
+    from ftrun import completion
+
+    print("\n".join(completion.candidates(words)))  # noqa: T201
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "list": _list,
+    "show": _show,
+    "check": _check,
+    "runs": _runs,
+    "env": _env,
+    "resume": _resume,
+    "completion": _completion,
+    "__complete": _complete,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors are ours."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise instead of exiting."""
+        from ftrun.errors import Problem
+
+        raise ConfigError([Problem(self.prog, message, f"`{self.prog} --help`")])
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return _Parser(prog=f"ftrun {command}", description=description)
+
+
+def show_command_help(command: str) -> None:
+    """Print argparse's page for a command that takes arguments of its own."""
+    try:
+        _COMMANDS[command](["--help"])
+    except SystemExit:
+        pass
+
+
+def _refuse_options(words: Sequence[str]) -> None:
+    from ftrun.errors import Problem
+
+    problems = [
+        Problem(word, "is no option of ftrun, whose settings are KEY=VALUE", f"{word.lstrip('-').replace('-', '_').partition('=')[0]}=VALUE, without dashes")
+        for word in words
+        if word.startswith("-")
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _show_error(error: FtrunError) -> None:
+    from rich.markup import escape
+
+    from ftrun.display import errors
+
+    if not isinstance(error, ConfigError):
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return
+    many = len(error.problems) > 1
+    errors.print(f"[bold red]error:[/] {len(error.problems)} problems" if many else "[bold red]error:[/]", soft_wrap=True, end="\n" if many else " ")
+    for problem in error.problems:
+        errors.print(f"[bold]{escape(problem.key)}[/]: {escape(problem.message)}\n    [green]fix:[/] {escape(problem.fix)}", soft_wrap=True)

@@ -1,0 +1,111 @@
+"""Shell completion: the words that could stand next, and the scripts that ask for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import typing
+from collections.abc import Iterator, Sequence
+
+from ftrun import options, plugin
+
+SHELLS = ("bash", "zsh", "fish")
+
+_SCRIPTS = {
+    "bash": """\
+_ftrun() {
+    local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n'
+    local words; IFS=' ' read -r -a words <<< "$line"
+    [[ "$line" == *' ' ]] && words+=("")
+    COMPREPLY=($(ftrun __complete "${words[@]:1}" 2>/dev/null))
+    local last="${words[-1]}"
+    if [[ "$last" == *=* && "$COMP_WORDBREAKS" == *=* ]]; then
+        COMPREPLY=("${COMPREPLY[@]#"${last%"${last##*=}"}"}")
+    fi
+    [[ "${COMPREPLY[0]}" == *[=.] ]] && compopt -o nospace
+}
+complete -F _ftrun ftrun
+# to install: ftrun completion bash >> ~/.bashrc""",
+    "zsh": """\
+#compdef ftrun
+_ftrun() {
+    local -a found
+    found=("${(@f)$(ftrun __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    compadd -S '' -- $found
+}
+compdef _ftrun ftrun
+# to install: ftrun completion zsh > a file in a folder of $fpath, named _ftrun""",
+    "fish": """\
+complete -c ftrun -f -a '(ftrun __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+# to install: ftrun completion fish > ~/.config/fish/completions/ftrun.fish""",
+}
+
+
+def script(shell: str) -> str:
+    """Return the script that makes a shell ask ``ftrun __complete``."""
+    return _SCRIPTS[shell]
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Return what the last word could become, given those before it."""
+    *before, last = words or [""]
+    return sorted(word for word in _possible(before, last) if word.startswith(last))
+
+
+def _possible(before: Sequence[str], last: str) -> Iterator[str]:
+    if before and before[0] in ("list",):
+        group, equals, _ = last.partition("=")
+        yield from (f"{group}={name}" for name in options.names(group)) if equals and group in options.GROUPS else options.GROUPS
+    elif before and before[0] == "completion":
+        yield from SHELLS
+    elif before and before[0] in ("runs", "resume", "env"):
+        return
+    else:
+        if not before:
+            yield from options.COMMANDS
+        yield from _words(before, last)
+
+
+def _words(before: Sequence[str], last: str) -> Iterator[str]:
+    key, equals, _ = last.partition("=")
+    if equals and key in options.GROUPS:
+        yield from (f"{key}={name}" for name in options.names(key))
+    elif equals:
+        yield from (f"{key}={value}" for value in _values(before, key))
+    elif "." in last:
+        yield from (f"{name}=" for name in _keys(before, last.split(".")[0]))
+    else:
+        yield from (f"{group}=" for group in options.GROUPS)
+        yield from (f"{group}." for group in options.GROUPS if group not in options.OPTIONAL_GROUPS)
+        yield from ("seed=", "objective=", "objective_mode=", "output_dir=", "plugins=")
+
+
+def _schema(before: Sequence[str], group: str) -> type | None:
+    """Return the dataclass whose fields are the keys below a group, given the options chosen so far."""
+    from ftrun.config import Config
+
+    if group not in plugin.GROUPS:
+        hint = typing.get_type_hints(Config).get(group)
+        return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+    chosen = [word.partition("=")[2] for word in before if word.startswith(f"{group}=")]
+    name = chosen[-1] if chosen else {"stage": "sft", "adapter": "lora", "optimizer": "adamw"}.get(group, "none")
+    try:
+        return plugin.get(group, name)
+    except (LookupError, plugin.PluginError):
+        return None
+
+
+def _keys(before: Sequence[str], group: str) -> Iterator[str]:
+    cls = _schema(before, group)
+    if cls and group != "tracker":
+        yield from (f"{group}.{f.name}" for f in dataclasses.fields(cls) if f.name != "name")
+
+
+def _values(before: Sequence[str], key: str) -> Iterator[str]:
+    group, _, name = key.partition(".")
+    cls = _schema(before, group)
+    hint = typing.get_type_hints(cls).get(name) if cls else None
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        yield from (str(member.value) for member in hint)
+    elif hint is bool:
+        yield from ("true", "false")

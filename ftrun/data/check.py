@@ -1,0 +1,52 @@
+"""Look at a run's rows before anything heavy starts: the driver reads the first thousand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftrun.config import Config
+from ftrun.data import OnBadRow, read
+from ftrun.data.formats import understand
+from ftrun.data.read import BadRow
+from ftrun.errors import ConfigError, Problem
+
+FIRST_ROWS = 1000
+MOST_PROBLEMS = 5
+"""Bad rows reported by name; of more, the count."""
+
+
+def check(cfg: Config) -> Iterator[Problem]:
+    """Yield what is wrong with the files and their first rows."""
+    key = "data.sources" if cfg.data.sources else "data.path"
+    try:
+        files = [file for source in read.sources_of(cfg.data) if not read.is_hub_id(source.path) for file in read.find(key, source.path).train]
+        evaluated = read.eval_files(cfg.data)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    for file in [*files, *evaluated]:
+        if file.suffix in read.HEAVY_KINDS:
+            continue
+        try:
+            yield from _check_rows(cfg, file)
+        except ConfigError as error:
+            yield from error.problems
+
+
+def _check_rows(cfg: Config, file: read.Path) -> Iterator[Problem]:
+    count, bad = 0, []
+    for row in read.islice(read.read(file), FIRST_ROWS):
+        count += 1
+        try:
+            understand(row, cfg.stage.rows, cfg.data.format)
+        except BadRow as error:
+            bad.append(error.problem)
+    if not count:
+        yield Problem(str(file), "has no rows", "a file with rows")
+    elif len(bad) == count and count > 1:
+        first = bad[0]
+        yield Problem(first.key, f"{first.message} (and all of the first {count} rows are like that)", first.fix.partition("; or data.on_bad_row")[0])
+    elif cfg.data.on_bad_row is OnBadRow.error:
+        yield from bad[:MOST_PROBLEMS]
+        if len(bad) > MOST_PROBLEMS:
+            yield Problem(str(file), f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {count}", "data.on_bad_row=skip counts and skips them")

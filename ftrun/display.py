@@ -1,0 +1,118 @@
+"""What a person sees of a run while it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+"""Where results go."""
+
+errors = Console(stderr=True, highlight=False)
+"""Where problems go."""
+
+_SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second")
+
+
+class Display:
+    """Shows a worker's events."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._total = 0
+        self._first: tuple[float, int] | None = None
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=None, numbers="")
+
+    def __enter__(self) -> Display:
+        self._line(f"[dim]run folder[/] {escape(_short(self.folder))}")
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if console.is_terminal:
+            self._bar.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        show = getattr(self, f"_show_{event.pop('kind')}", None)
+        if show:
+            show(**event)
+
+    def stopping(self, interrupted: bool, again: bool) -> None:
+        """Say that a signal has arrived."""
+        if not again:
+            self._line("[yellow]saving, then stopping[/]" + (" (Ctrl-C again ends at once)" if interrupted else ""))
+
+    def _show_phase(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+        if not console.is_terminal:
+            self._line(f"[dim]{escape(text)}[/]")
+
+    def _show_note(self, text: str) -> None:
+        self._line(escape(text))
+
+    def _show_start(self, step: int, total: int) -> None:
+        self._total = total
+        self._bar.update(self._task, description="training", total=total, completed=step)
+        if step:
+            self._line(f"going on from step {step}")
+
+    def _show_step(self, step: int) -> None:
+        self._bar.update(self._task, description="training", completed=step)
+        self._first = self._first or (time.monotonic(), step)
+
+    def _show_log(self, step: int, **values: Any) -> None:
+        if any(name.startswith("eval_") for name in values):
+            numbers = "  ".join(f"{name} {_number(value)}" for name, value in values.items() if name.startswith("eval_"))
+            self._line(f"[bold]evaluation after step {step}[/]  {numbers}")
+        elif console.is_terminal:
+            speed = values.get("tokens_per_second")
+            numbers = f"loss {_number(values['loss'])}" + (f"  {_number(speed)} tokens/s" if speed else "")
+            self._bar.update(self._task, numbers=numbers)
+        else:
+            numbers = "  ".join(f"{name} {_number(values[name])}" for name in _SHOWN if name in values)
+            self._line(f"step {step}/{self._total}  {numbers}  {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        if self._first is None or step <= self._first[1]:
+            return ""
+        began, first = self._first
+        seconds = (time.monotonic() - began) / (step - first) * (self._total - step)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def _show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            self._line(f"  [cyan]{escape(sample['prompt'])}[/]")
+            self._line(f"    {escape(' '.join(sample['reply'].split()))}")
+
+    @staticmethod
+    def _line(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _short(path: Path) -> str:
+    """Return a path as seen from here, where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

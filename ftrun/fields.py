@@ -1,0 +1,92 @@
+"""What a config field carries besides its type: a range, and the docstring written under it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from ftrun.errors import Problem
+
+MISSING: Any = "???"
+"""A field without a value: OmegaConf's mark, here so that listing options need not import it."""
+
+
+def ranged(
+    default: Any, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+) -> Any:
+    """Declare a dataclass field whose value must lie in a range; ``None`` and text always may pass.
+
+    Example:
+        ``rank: int = ranged(16, ge=1)``
+    """
+    bounds = {sign: bound for sign, bound in ((">=", ge), (">", gt), ("<=", le), ("<", lt)) if bound is not None}
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+_HOLDS = {
+    ">=": lambda value, bound: value >= bound,
+    ">": lambda value, bound: value > bound,
+    "<=": lambda value, bound: value <= bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def range_text(field: dataclasses.Field[Any]) -> str:
+    """Return a field's range as a person reads it (``>= 0 and < 1``), or nothing."""
+    return " and ".join(f"{sign} {bound}" for sign, bound in field.metadata.get("bounds", {}).items())
+
+
+def out_of_range(node: Any, prefix: str = "") -> Iterator[Problem]:
+    """Yield a problem for each value below ``node`` (a dataclass, list or dict of them) that leaves its range."""
+    for name, value, field in _children(node):
+        key = f"{prefix}{name}"
+        if isinstance(value, int | float):
+            bounds = field.metadata.get("bounds", {}) if field else {}
+            # A NaN satisfies no bound, which is the wanted outcome.
+            if field and not all(_HOLDS[sign](value, bound) for sign, bound in bounds.items()):
+                yield Problem(key, f"{value} is out of range", f"{key}=X with X {range_text(field)}")
+        else:
+            yield from out_of_range(value, f"{key}.")
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any, dataclasses.Field[Any] | None]]:
+    if dataclasses.is_dataclass(node):
+        yield from ((field.name, getattr(node, field.name), field) for field in dataclasses.fields(node))
+    elif isinstance(node, dict):
+        yield from ((str(name), value, None) for name, value in node.items())
+    elif isinstance(node, list):
+        yield from ((str(index), value, None) for index, value in enumerate(node))
+
+
+@functools.cache
+def docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, bases included, by field name."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            body = tree.body[0]
+            assert isinstance(body, ast.ClassDef)
+            found |= field_docs(body)
+    return found
+
+
+def field_docs(node: ast.ClassDef) -> dict[str, str]:
+    """Return the docstring under each annotated name of a class body."""
+    found = {}
+    for statement, after in zip(node.body, node.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+            if isinstance(text, str):
+                found[statement.target.id] = inspect.cleandoc(text)
+    return found
+
+
+def summary(docstring: str | None) -> str:
+    """Return the first sentence or line of a docstring."""
+    return (docstring or "").strip().split("\n")[0]

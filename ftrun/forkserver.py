@@ -1,0 +1,183 @@
+"""A server that has imported the heavy packages once, and forks a worker from itself in milliseconds.
+
+A fresh worker spends seconds importing torch, transformers and peft. A sweep, and this project's own tests, start one
+server and fork every worker from it; the code that a worker runs is the same. The server has touched no accelerator and
+started no thread, so its children may.
+
+    python -m ftrun.forkserver SOCKET
+
+A driver uses the server whose socket ``$FTRUN_FORK_SERVER`` names. The server ends when the process that started it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+VARIABLE = "FTRUN_FORK_SERVER"
+"""Environment variable by which a driver finds the server."""
+
+PRELOADED = (
+    "torch", "torch.distributed", "torch.utils.data", "transformers", "transformers.trainer", "transformers.generation",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "datasets", "trl", "trl.trainer.dpo_trainer", "matplotlib.pyplot",
+    "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.causal", "ftrun.worker.samples",
+)  # fmt: skip
+"""What a worker is likely to import."""
+
+
+class Forked:
+    """A worker that a server forked, seen from the driver."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("r")
+        self.pid = int(json.loads(self._stream.readline())["pid"])
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return how the worker ended, if it has."""
+        if self._code is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._connection, selectors.EVENT_READ)
+                if selector.select(timeout=0):
+                    line = self._stream.readline()
+                    self._code = json.loads(line)["code"] if line else -signal.SIGKILL  # the server is gone, and it with it
+        return self._code
+
+
+def fork(address: str, run_file: Path, env: dict[str, str], log: int) -> Forked:
+    """Have the server at ``address`` fork a worker for a frozen run.
+
+    Args:
+        address: The server's socket.
+        run_file: The run's ``run.yaml``.
+        env: Environment variables besides the driver's own.
+        log: File descriptor that the worker prints to.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(address)
+    request = {"run_file": str(run_file), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [log])
+    return Forked(connection)
+
+
+def start(address: str) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it can fork.
+
+    Raises:
+        RuntimeError: It died on the way.
+    """
+    server = subprocess.Popen([sys.executable, "-m", "ftrun.forkserver", address], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    while not Path(address).exists():
+        if server.poll() is not None:
+            raise RuntimeError(f"the fork server ended with exit code {server.returncode}")
+        time.sleep(0.02)
+    return server
+
+
+def serve(address: str) -> None:
+    """Import everything, then fork a worker for each request until the parent process ends."""
+    parent = os.getppid()
+    for module in PRELOADED:
+        importlib.import_module(module)
+    server = _Server(address)
+    while os.getppid() == parent:
+        server.turn()
+
+
+class _Server:
+    def __init__(self, address: str) -> None:
+        self._children: dict[int, socket.socket] = {}
+        self._settings = _import_settings(dict(os.environ))
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        temporary = f"{address}.{os.getpid()}"
+        self._listener.bind(temporary)
+        os.chmod(temporary, 0o600)
+        self._listener.listen(128)
+        os.rename(temporary, address)  # there from now on: it can take requests
+        self._wake, wakes = socket.socketpair()
+        wakes.setblocking(False)
+        signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+
+    def turn(self) -> None:
+        """Take what requests there are, and say how ended children ended."""
+        for key, _ in self._selector.select(timeout=1.0):
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._wake.recv(4096)
+        self._reap()
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        line, (log,), _, _ = socket.recv_fds(connection, 1 << 20, 1)
+        while not line.endswith(b"\n"):
+            line += connection.recv(1 << 20)
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            for inherited in (self._listener, connection, *self._children.values()):
+                inherited.close()
+            _child(request, log, fresh=_import_settings(request["env"]) != self._settings)
+        os.close(log)
+        self._children[pid] = connection
+        connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                connection = self._children.pop(pid)
+                with contextlib.suppress(OSError):  # a driver that is gone does not want to know
+                    connection.sendall(json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                connection.close()
+
+
+def _import_settings(env: dict[str, str]) -> dict[str, str]:
+    """Return the variables that the Hugging Face libraries read once, when they are imported."""
+    return {name: value for name, value in env.items() if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
+
+
+def _child(request: dict[str, object], log: int, *, fresh: bool) -> None:
+    """Become a worker; a fresh interpreter if the imported libraries have other settings. Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.chdir(str(request["cwd"]))
+        os.environ.clear()
+        os.environ.update(request["env"])  # type: ignore[call-overload]
+        if fresh:
+            os.execv(sys.executable, [sys.executable, "-m", "ftrun.worker", str(request["run_file"])])
+        from ftrun.worker.main import main
+
+        code = main(Path(str(request["run_file"])))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -1,0 +1,267 @@
+"""Freeze a config into a run's folder, start its processes, watch them, and read what they left.
+
+This process never imports torch; the workers never see Hydra; between them is one file, ``run.yaml``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import ftrun
+from ftrun import environment, events, forkserver, hardware, model, record
+from ftrun.config import Config
+from ftrun.data.check import check as check_rows
+from ftrun.display import Display
+from ftrun.errors import ConfigError, Problem, RunFailed
+from ftrun.hardware import Device, Hardware
+from ftrun.record import Result, Status
+
+
+def run(cfg: Config, overrides: Sequence[str]) -> Result:
+    """Do a run from a checked config to its result.
+
+    Raises:
+        ConfigError: The input is wrong in a way that only the disk, the hub or the rows show.
+        RunFailed: The run failed.
+    """
+    check(cfg)
+    return start(freeze(cfg, overrides))
+
+
+def check(cfg: Config) -> None:
+    """Look at what a config names on this machine's disk: the model, the first rows, the run's folder.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    if problems := [*model.check(cfg.model), *check_rows(cfg), *_occupied(cfg)]:
+        raise ConfigError(problems)
+
+
+def resume(folder: Path) -> Result:
+    """Go on with a run from its newest checkpoint, or from its beginning if it has none.
+
+    Raises:
+        ConfigError: There is no run, it is done, or somebody else is at it.
+        RunFailed: The run failed.
+    """
+    if not record.is_run(folder):
+        raise ConfigError([Problem(str(folder), "holds no run (it has no run.yaml)", "ftrun resume FOLDER; `ftrun runs` lists them")])
+    if (folder / record.RESULT).exists():
+        result = Result.load(folder)
+        if result.status is Status.running and result.holder:
+            message = f"is running: process {result.holder.pid} on {result.holder.host} holds it"
+            raise ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
+        if result.status is Status.completed:
+            raise ConfigError([Problem(str(folder), "is completed, so there is nothing to resume", "ftrun model.path=FOLDER starts a new run from it")])
+    return start(folder)
+
+
+def _occupied(cfg: Config) -> Iterator[Problem]:
+    if cfg.output_dir is None:
+        return
+    folder = Path(cfg.output_dir).expanduser()
+    if record.is_run(folder):
+        yield Problem("output_dir", f"{folder} holds another run", f"ftrun resume {folder} to go on with it, or another folder")
+    elif folder.is_file():
+        yield Problem("output_dir", f"{folder} is a file", "a folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        yield Problem("output_dir", f"{folder} is not empty", "a new or an empty folder")
+
+
+def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
+    """Settle what depends on the machine, and write the run's folder: from here on nobody reads conf/ again.
+
+    Raises:
+        ConfigError: The model is nowhere to be found.
+    """
+    hardware.settle(cfg.hardware, cfg.train)
+    cfg.model = model.locate(cfg.model)
+    folder = _make_folder(cfg)
+    cfg.output_dir = str(folder)
+    cfg.plugins = [_copy_into(folder / "plugins", Path(file)) for file in cfg.plugins]
+    manifest = {
+        "id": uuid.uuid4().hex[:16],
+        "command": shlex.join(["ftrun", *overrides]),
+        "overrides": list(overrides),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "folder": str(Path.cwd()),
+        "ftrun": ftrun.__version__,
+        "seed": cfg.seed,
+        "model": model.identity(cfg.model),
+        **environment.facts(),
+    }
+    record.write_whole(folder / record.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    Result(holder=record.Holder.me()).save(folder)
+    cfg.save(folder / record.RUN)
+    return folder
+
+
+def _make_folder(cfg: Config) -> Path:
+    """Make the run's folder; one that nobody named gets a name nobody else has."""
+    if cfg.output_dir is not None:
+        folder = Path(cfg.output_dir).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    stem = Path("outputs", cfg.stage.name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).resolve()
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", *(f"_{number}" for number in range(2, 10_000))):
+        with contextlib.suppress(FileExistsError):
+            folder = stem.with_name(stem.name + suffix)
+            folder.mkdir()
+            return folder
+    raise RunFailed(f"no name is free for a run at {stem}")
+
+
+def _copy_into(folder: Path, file: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    shutil.copy2(file.expanduser(), folder / file.name)
+    return str(Path(folder.name, file.name))
+
+
+def command(hardware: Hardware, run_file: Path) -> list[str]:
+    """Return the command that starts a run's processes.
+
+    ``accelerate launch`` starts one process on CPU whatever it is told, so several go through torchrun, which
+    accelerate's own launcher wraps.
+    """
+    worker = ["-m", "ftrun.worker", str(run_file)]
+    if hardware.num_processes == 1:
+        return [sys.executable, *worker]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={hardware.num_processes}", *worker]
+
+
+class Process(Protocol):
+    """A started worker, or the launcher of several."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return how it ended, if it has: the exit code, or minus the signal."""
+
+
+def _start(cfg: Config, run_file: Path, address: str) -> Process:
+    """Start the worker: forked from a server that has imported the heavy packages if there is one, else cold."""
+    env = worker_environment(cfg.hardware) | {events.VARIABLE: address}
+    log = run_file.with_name(record.LOG).open("ab")
+    with log:
+        if (server := os.environ.get(forkserver.VARIABLE)) and cfg.hardware.num_processes == 1:
+            return forkserver.fork(server, run_file, env, log.fileno())
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
+        return subprocess.Popen(
+            command(cfg.hardware, run_file), env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def worker_environment(hardware: Hardware) -> dict[str, str]:
+    """Return the environment variables that a worker needs besides the driver's own."""
+    env = {
+        "OMP_NUM_THREADS": str(hardware.num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if hardware.device is Device.cpu:
+        env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return env
+
+
+def start(folder: Path) -> Result:
+    """Start the processes of a frozen run, watch them to the end, and return what they left.
+
+    Raises:
+        ConfigError: The worker found something the user can mend.
+        RunFailed: The run failed.
+    """
+    run_file = folder / record.RUN
+    cfg = Config.load(run_file)
+    Result(holder=record.Holder.me()).save(folder)
+    receiver = events.Receiver()
+    try:
+        with Display(folder) as display, _Signals(display) as signals:
+            process = _start(cfg, run_file, receiver.address)
+            signals.pids.add(process.pid) if cfg.hardware.num_processes == 1 else None
+            while (code := process.poll()) is None:
+                for event in receiver.receive(timeout=0.1):
+                    if event["kind"] == "process":
+                        signals.add(event["pid"])
+                    display.show(event)
+            for event in receiver.receive(timeout=0):
+                display.show(event)
+    finally:
+        receiver.close()
+    return _conclude(folder, code, signals)
+
+
+def _conclude(folder: Path, code: int, signals: _Signals) -> Result:
+    result = Result.load(folder)
+    if result.status is Status.interrupted and result.holder:  # still "running" by its own words, and gone
+        result.holder = None
+        result.status = Status.interrupted if signals.interrupted else Status.failed
+        result.reason = "ended at once" if signals.interrupted else _how_it_died(code)
+        result.save(folder)
+    if result.problems:
+        raise ConfigError(result.user_problems())
+    if result.status is Status.failed:
+        raise RunFailed(f"the run in {folder} failed: {result.reason}\n    what it printed is in {folder / record.LOG}")
+    return result
+
+
+def _how_it_died(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed with signal 9; the kernel does that when memory runs out"
+    return f"its process ended with {'signal' if code < 0 else 'exit code'} {abs(code)} and no word"
+
+
+class _Signals:
+    """Passes on what this process is told: the workers have sessions of their own."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.pids: set[int] = set()
+        self.interrupted = False
+        self._told: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def add(self, pid: int) -> None:
+        """Note a worker's process; one that comes late is told what the others were."""
+        if pid not in self.pids:
+            self.pids.add(pid)
+            if self._told is not None:
+                self._send(pid, self._told)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self._told = self._told is not None, number
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        self.display.stopping(number == signal.SIGINT, again)
+        for pid in self.pids:
+            self._send(pid, number)
+
+    @staticmethod
+    def _send(pid: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -1,0 +1,99 @@
+"""What can be chosen: the config groups and their options, found by file name, without Hydra and without imports."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftrun import fields, plugin
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+_here = Path(__file__).resolve().parent
+
+
+def _shipped(name: str) -> Path:
+    """Return a folder that lies inside the package in a wheel, and beside it in a checkout."""
+    return next(folder for folder in (_here / name, _here.parent / name) if folder.is_dir())
+
+
+CONF = _shipped("conf")
+
+GROUPS = {
+    "stage": "what the run does",
+    "model": "the weights it starts from",
+    "template": "how a conversation becomes text",
+    "data": "the rows it trains on",
+    "adapter": "which weights train",
+    "quant": "how frozen weights are stored",
+    "optimizer": "how a gradient becomes a step",
+    "train": "how long, and in what batches",
+    "hardware": "what it is computed on",
+    "tracker": "who else is told the metrics",
+    "method": "published recipes over several groups",
+    "experiment": "whole runs worth keeping",
+    "debug": "short runs that look for trouble",
+}
+"""The config groups, and what each is about."""
+
+OPTIONAL_GROUPS = ("method", "experiment", "debug")
+"""Groups of which nothing is chosen by default; their options set keys of the other groups."""
+
+COMMANDS = ("list", "show", "check", "runs", "env", "resume", "completion")
+
+
+def working_conf() -> Path | None:
+    """Return the working folder's own ``conf``, if it has one that is not ftrun's."""
+    mine = Path.cwd() / "conf"
+    return mine if mine.is_dir() and mine.resolve() != CONF else None
+
+
+def conf_folders() -> list[Path]:
+    """Return the folders of YAML options, the one that is found first in front."""
+    mine = working_conf()
+    return [*([mine] if mine else []), CONF]
+
+
+def names(group: str) -> list[str]:
+    """Return the names of all options of a group, sorted."""
+    presets = {path.stem for folder in conf_folders() for path in (folder / group).glob("*.yaml")}
+    return sorted(presets | set(plugin.names(group) if group in plugin.GROUPS else ()))
+
+
+def yaml_file(option: str) -> Path | None:
+    """Return the file of the YAML option ``<group>/<name>``."""
+    return next((path for folder in conf_folders() if (path := folder / f"{option}.yaml").is_file()), None)
+
+
+def summary(group: str, name: str) -> str:
+    """Return one line on an option: a preset's opening comment, or the first line of a plugin's docstring."""
+    if path := yaml_file(f"{group}/{name}"):
+        comments = [line[2:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        return next((line for line in comments if not line.startswith("@package")), "")
+    path = plugin.source(group, name)
+    if path is None:
+        return ""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, OSError) as error:
+        warnings.warn(f"the plugin {group}={name} ({path}) cannot be read: {error}", stacklevel=2)
+        return "cannot be imported"
+    registered = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_registered(node)]
+    return fields.summary(ast.get_docstring(registered[0]) if registered else ast.get_docstring(tree))
+
+
+def _is_registered(node: ast.ClassDef) -> bool:
+    return any("register" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def keys_of(group: str, chosen: Sequence[Override]) -> list[str]:
+    """Return the keys of the option of a plugin group that was chosen, as far as it can be told."""
+    name: Any = next((override.value() for override in chosen if override.key_or_group == group), None)
+    try:
+        return list(plugin.get(group, name).__dataclass_fields__) if isinstance(name, str) else []
+    except (LookupError, plugin.PluginError):
+        return []

@@ -1,0 +1,287 @@
+"""The plugin protocol and the registry: one dataclass per option of a config group.
+
+The fields of a plugin are the option's config, its methods do the work. A plugin's module is imported by the driver,
+which must stay light: torch and friends are imported inside the methods.
+
+An option ``<group>=<name>`` is looked up, in this order, as
+
+1. a class registered by a file named on the command line (``plugins=[my_file.py]``),
+2. the module ``ftrun_plugins.<group>.<name>``, of this repository or of any installed package,
+3. an entry point in the group ``ftrun.plugins`` whose name is ``<group>.<name>``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from ftrun.errors import FtrunError, Problem
+from ftrun.fields import MISSING, ranged
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer as TorchOptimizer
+    from transformers import TrainerCallback
+
+    from ftrun.config import Config
+    from ftrun.record import Result
+    from ftrun.worker.training import Run
+
+NAMESPACE = "ftrun_plugins"
+ENTRY_POINTS = "ftrun.plugins"
+
+
+class PluginError(FtrunError):
+    """A plugin cannot be imported, or does not keep the protocol."""
+
+    exit_code = 2
+
+
+@dataclass(kw_only=True)
+class Plugin:
+    """An option of a config group."""
+
+    group: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Distributions this option needs beyond ftrun's own dependencies, as pip names them."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Keys outside the option's own group that it reads, as ``fnmatch`` patterns: ``("data.*", "train.epochs")``."""
+
+    name: str = MISSING
+    """The option's name, which is also its file's. Set by choosing the option, never typed."""
+
+    def check(self, cfg: Config) -> Iterator[Problem]:
+        """Yield what this option cannot work with in ``cfg``. Runs before torch is imported."""
+        yield from ()
+
+    def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
+        """Return what must hook into the training loop, if anything."""
+        return ()
+
+
+@dataclass(kw_only=True)
+class Stage(Plugin):
+    """What a run does: train with one objective."""
+
+    group: ClassVar[str] = "stage"
+    default_data: ClassVar[str] = ""
+    """``data.path`` where the user names no data: a set that ships with ftrun (``demo:identity``)."""
+
+    default_lr: ClassVar[float] = 5e-5
+    """Peak learning rate for training every weight; adapters and optimizers scale it."""
+
+    rows: ClassVar[str] = ""
+    """The kind of rows the stage trains on, one of `ftrun.data.formats.KINDS`."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of the metrics a run ends with, any of which may be the ``objective``; the first is its default."""
+
+    def run(self, cfg: Config) -> Result:
+        """Do it. Every process of the run calls this once."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Adapter(Plugin):
+    """Which weights train, and which new ones are added."""
+
+    group: ClassVar[str] = "adapter"
+    lr_scale: ClassVar[float] = 1.0
+    """How the default learning rate compares with training every weight."""
+
+    trains_base_weights: ClassVar[bool] = False
+    """Whether weights of the model itself train, rather than new ones beside them."""
+
+    def apply(self, model: nn.Module, run: Run) -> nn.Module:
+        """Return ``model`` with exactly the weights that train set to ``requires_grad``."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, folder: Path, run: Run) -> None:
+        """Write what the run ended with, so that it can be loaded on the model that the run started from."""
+        model.save_pretrained(folder)
+
+
+@dataclass(kw_only=True)
+class Quant(Plugin):
+    """How the frozen base weights are stored."""
+
+    group: ClassVar[str] = "quant"
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that ``from_pretrained`` takes for it."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Optimizer(Plugin):
+    """How a gradient becomes a step."""
+
+    group: ClassVar[str] = "optimizer"
+    lr_scale: ClassVar[float] = 1.0
+    """How the default learning rate compares with AdamW's."""
+
+    lr: float | None = ranged(None, gt=0)
+    """Peak learning rate. Default: what suits the stage and the adapter (``ftrun show`` prints it)."""
+
+    weight_decay: float = ranged(0.0, ge=0)
+    """Decoupled weight decay, of matrices only: norms and biases never decay."""
+
+    def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
+        """Return an optimizer over the weights of ``model`` that train."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Tracker(Plugin):
+    """Who else is told the metrics, besides the run's own metrics.jsonl."""
+
+    group: ClassVar[str] = "tracker"
+
+
+GROUPS: dict[str, type[Plugin]] = {base.group: base for base in (Stage, Adapter, Quant, Optimizer, Tracker)}
+"""The config groups whose options are plugins."""
+
+VERBS = {"stage": "run", "adapter": "apply", "quant": "load_arguments", "optimizer": "build", "tracker": "callbacks"}
+"""The method by which a plugin of each group does its work."""
+
+_registered: dict[tuple[str, str], type[Plugin]] = {}
+
+P = TypeVar("P", bound=type[Plugin])
+
+
+def register(cls: P) -> P:
+    """Make ``cls`` selectable as ``<group>=<name>``, with its fields as the option's config.
+
+    Raises:
+        PluginError: It is no keyword-only dataclass of a group, has no name, or the name is taken.
+    """
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if not any(issubclass(cls, base) for base in GROUPS.values()):
+        raise PluginError(f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in GROUPS.values())}")
+    if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
+        raise PluginError(f"{where} is no dataclass: write @dataclass(kw_only=True) below @register")
+    name = cls.__dataclass_fields__["name"].default
+    if name == MISSING:
+        raise PluginError(f'{where} has no name: give it the field `name: str = "{cls.__module__.split(".")[-1]}"`')
+    taken = _registered.get((cls.group, name))
+    if taken and taken.__module__ != cls.__module__:
+        raise PluginError(f"{cls.group}={name} is defined twice, in {taken.__module__} and in {cls.__module__}")
+    _registered[cls.group, name] = cls
+    return cls
+
+
+def get(group: str, name: str) -> type[Plugin]:
+    """Return the class behind ``<group>=<name>``, importing its module.
+
+    Raises:
+        LookupError: There is no such option.
+        PluginError: There is, but its module fails to import or registers something else.
+    """
+    if (group, name) not in _registered:
+        module = _module(group, name)
+        if module is None:
+            raise LookupError(f"{group}={name}")
+        _import(module, f"{group}={name}")
+        if (group, name) not in _registered:
+            raise PluginError(f"{group}={name}: the module {module} registers no {group} of that name")
+    return _registered[group, name]
+
+
+def exists(group: str, name: str) -> bool:
+    """Tell whether a group has an option of that name, without importing it."""
+    return (group, name) in _registered or _module(group, name) is not None
+
+
+def names(group: str) -> list[str]:
+    """Return the names of a group's options, sorted, importing none of them."""
+    found = {module.name for module in pkgutil.iter_modules(_folders(group)) if not module.name.startswith("_")}
+    found |= {point.name.removeprefix(f"{group}.") for point in _entry_points() if point.name.startswith(f"{group}.")}
+    found |= {name for of_group, name in _registered if of_group == group}
+    return sorted(found)
+
+
+def source(group: str, name: str) -> Path | None:
+    """Return the file that an option is written in, without importing it."""
+    if (group, name) in _registered:
+        module = _registered[group, name].__module__
+        return Path(origin) if (origin := sys.modules[module].__file__) else None
+    spec = importlib.util.find_spec(_module(group, name) or "")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def load_file(path: Path) -> None:
+    """Import a plugin file named on the command line.
+
+    Raises:
+        PluginError: It fails to import, or registers nothing of its own name.
+    """
+    module_name = f"ftrun_files.{path.stem}"
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    before = set(_registered)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise _import_failed(str(path), error) from error
+    if not set(_registered) - before:
+        raise PluginError(f"{path} registers nothing: put @register above a plugin class")
+
+
+def _module(group: str, name: str) -> str | None:
+    """Return the name of the module that ``<group>=<name>`` lives in, if there is one."""
+    if any(module.name == name for module in pkgutil.iter_modules(_folders(group))):
+        return f"{NAMESPACE}.{group}.{name}"
+    return next((point.module for point in _entry_points() if point.name == f"{group}.{name}"), None)
+
+
+def _import(module: str, what: str) -> None:
+    try:
+        importlib.import_module(module)
+    except PluginError:
+        raise
+    except Exception as error:
+        raise _import_failed(f"{what} ({module})", error) from error
+
+
+def _import_failed(what: str, error: Exception) -> PluginError:
+    """Name the plugin and its last line that took part in the failure."""
+    trace = error.__traceback__
+    where = ""
+    while trace:
+        if "importlib" not in trace.tb_frame.f_code.co_filename:
+            where = f", {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError):
+        where = f", {error.filename}:{error.lineno}"
+    return PluginError(f"the plugin {what} cannot be imported: {type(error).__name__}: {error}{where}")
+
+
+def _folders(group: str) -> list[str]:
+    """Return the folders, over all installed packages, that hold a group's plugin modules."""
+    try:
+        spec = importlib.util.find_spec(f"{NAMESPACE}.{group}")
+    except ModuleNotFoundError:
+        return []
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
+@functools.cache
+def _entry_points() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=ENTRY_POINTS))

@@ -1,0 +1,217 @@
+"""A run's folder: what lies in it, how it is written, and who holds it.
+
+===================== =========================================================================================
+``run.yaml``          the resolved config, every default written out; all that a worker reads
+``manifest.json``     what was typed, versions, hardware, git state, content keys of data and model
+``metrics.jsonl``     one object a log line
+``samples.jsonl``     one object a sample reply
+``log.txt``           everything the workers printed
+``checkpoints/``      ``step-N/``, each complete or absent
+``model/``            what the run ended with: weights or adapter, tokenizer, model card
+``plots/``            pictures
+``result.json``       status, reason, metrics
+===================== =========================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ftrun.errors import Problem
+
+RUN, MANIFEST, METRICS, SAMPLES = "run.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
+LOG, CHECKPOINTS, MODEL, PLOTS, RESULT = "log.txt", "checkpoints", "model", "plots", "result.json"
+
+HEARTBEAT_SECONDS = 10
+"""How often a running worker touches ``result.json``."""
+
+_DEAD_AFTER_SECONDS = 12 * HEARTBEAT_SECONDS
+
+
+class Status(StrEnum):
+    """Where a run stands."""
+
+    running = "running"
+    completed = "completed"
+    failed = "failed"
+    interrupted = "interrupted"
+    preempted = "preempted"
+
+
+EXIT_CODES = {Status.completed: 0, Status.failed: 1, Status.interrupted: 130, Status.preempted: 75}
+"""The driver's exit code for each way a run can end (75 is sysexits' EX_TEMPFAIL: run me again)."""
+
+
+@dataclass
+class Holder:
+    """The process that writes to a run's folder."""
+
+    host: str
+    pid: int
+    started: float
+    """When the process started, in clock ticks since boot: tells a reused pid from the holder."""
+
+    @classmethod
+    def me(cls) -> Holder:
+        """Return this process."""
+        return cls(host=socket.gethostname(), pid=os.getpid(), started=_start_ticks(os.getpid()))
+
+    def is_alive(self, last_sign: float) -> bool:
+        """Tell whether the process lives; on another host, by its last heartbeat (seconds since the epoch)."""
+        if self.host != socket.gethostname():
+            return time.time() - last_sign < _DEAD_AFTER_SECONDS
+        return _start_ticks(self.pid) == self.started
+
+
+def _start_ticks(pid: int) -> float:
+    """Return when a process started, or -1 if there is none (or it is a zombie)."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return -1.0
+        try:  # no /proc, as on macOS: existence has to do
+            os.kill(pid, 0)
+        except OSError:
+            return -1.0
+        return 0.0
+    return -1.0 if after_name[0] == "Z" else float(after_name[19])
+
+
+@dataclass
+class Result:
+    """What a run ended with, as a person, a table and a sweep read it (``result.json``)."""
+
+    status: Status = Status.running
+    reason: str = ""
+    """Why it failed or stopped."""
+
+    folder: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of each metric; ``loss`` is the mean over all steps."""
+
+    objective: float | None = None
+    """The metric that the config's ``objective`` names."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    tokens_per_second: float | None = None
+    """Tokens (padding not counted) per second of training, over all processes."""
+
+    peak_memory_bytes: int | None = None
+    """Most memory of one process: allocated on its accelerator, or resident on CPU."""
+
+    checkpoint: str | None = None
+    """The last complete checkpoint, relative to the run's folder."""
+
+    wall_seconds: float = 0.0
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """What the user can mend, where that is why it failed."""
+
+    holder: Holder | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write ``result.json`` whole."""
+        values = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_whole(folder / RESULT, json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Result:
+        """Read ``result.json``; a ``running`` one whose holder is dead reads as ``interrupted``."""
+        path = folder / RESULT
+        values = json.loads(path.read_text())
+        holder = Holder(**values.pop("holder")) if values.get("holder") else values.pop("holder", None)
+        result = cls(**values | {"status": Status(values["status"])}, holder=holder, folder=str(folder))
+        if result.status is Status.running and not (holder and holder.is_alive(path.stat().st_mtime)):
+            result.status, result.reason = Status.interrupted, "its process is gone"
+            last = latest_checkpoint(folder)
+            result.checkpoint = str(last.relative_to(folder)) if last else None
+        return result
+
+    def user_problems(self) -> list[Problem]:
+        """Return what the user can mend."""
+        return [Problem(**problem) for problem in self.problems]
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return (folder / RUN).is_file()
+
+
+def runs(root: Path) -> Iterator[Path]:
+    """Yield the run folders at or below ``root``, not looking inside one."""
+    if is_run(root):
+        yield root
+        return
+    with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
+        for child in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+            yield from runs(child)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is, at any moment, either the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one object to a JSON-lines file in a single write."""
+    line = json.dumps(value, ensure_ascii=False) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a torn last line, which a killed process leaves, is ignored."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    complete = lines[:-1]  # what follows the last newline is empty, or torn
+    return [json.loads(line) for line in complete]
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Drop what was logged after ``step``: the steps from there are about to be done again."""
+    for name in (METRICS, SAMPLES):
+        kept = [line for line in read_lines(folder / name) if line["step"] <= step]
+        write_whole(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, if it has one."""
+    return found[-1] if (found := checkpoints(folder)) else None
+
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Delete what a killed process left half written."""
+    for path in (folder / CHECKPOINTS).glob("*"):
+        if path.is_dir() and not re.fullmatch(r"step-\d+", path.name):
+            shutil.rmtree(path)

@@ -1,0 +1,125 @@
+"""What a person sees after a run: how it ended, what changed, and the table of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ftrun import record
+from ftrun.display import console
+from ftrun.record import EXIT_CODES, Result, Status
+
+_COLOURS = {
+    Status.completed: "green",
+    Status.running: "cyan",
+    Status.failed: "red",
+    Status.interrupted: "yellow",
+    Status.preempted: "yellow",
+}
+
+
+def conclude(result: Result) -> int:
+    """Print how a run ended, and return the exit code for it."""
+    folder = Path(result.folder)
+    if result.status is Status.completed:
+        _show_outcome(result, folder)
+    else:
+        kept = f"saved in {result.checkpoint}" if result.checkpoint else "before the first checkpoint"
+        console.print(f"[yellow]{result.status}[/], {kept}; to go on: [bold]ftrun resume {escape(_near(folder))}[/]", soft_wrap=True)
+    return EXIT_CODES[result.status]
+
+
+def _show_outcome(result: Result, folder: Path) -> None:
+    before, after = _first_and_last_evaluation(folder)
+    if before and after and before["step"] != after["step"]:
+        console.print(f"held-out loss [bold]{before['eval_loss']:.3f} -> {after['eval_loss']:.3f}[/]")
+    _show_samples(folder)
+    memory = f", {result.peak_memory_bytes / 2**30:.1f} GiB at most" if result.peak_memory_bytes else ""
+    speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
+    console.print(f"[green]completed[/] {result.step} steps in {_duration(result.wall_seconds)}{speed}{memory}")
+    console.print(f"model  {escape(_near(folder / record.MODEL))}\nplots  {escape(_near(folder / record.PLOTS))}", soft_wrap=True)
+
+
+def _first_and_last_evaluation(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    lines = [line for line in record.read_lines(folder / record.METRICS) if "eval_loss" in line]
+    return (lines[0], lines[-1]) if lines else (None, None)
+
+
+def _show_samples(folder: Path) -> None:
+    lines = record.read_lines(folder / record.SAMPLES)
+    if not lines:
+        return
+    first, last = lines[0]["step"], lines[-1]["step"]
+    before = {line["prompt"]: line["reply"] for line in lines if line["step"] == first}
+    after = {line["prompt"]: line["reply"] for line in lines if line["step"] == last}
+    if first == last:
+        return
+    table = Table("prompt", "before", "after", show_lines=True)
+    for prompt, reply in after.items():
+        table.add_row(escape(prompt), escape(before.get(prompt, "")), escape(reply))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _near(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def show_runs(root: Path, *, as_json: bool) -> None:
+    """Print the runs below a folder, the newest last."""
+    rows = sorted(_describe(root), key=lambda row: str(row["started"]))
+    if as_json:
+        print(json.dumps(rows, indent=2))  # noqa: T201
+        return
+    if not rows:
+        console.print(f"no runs below {escape(str(root))}")
+        return
+    table = Table("folder", "status", "step", "loss", "eval_loss", "objective", "time", "started", "overrides")
+    for row in rows:
+        colour = _COLOURS[Status(row["status"])]
+        numbers = [_cell(row["metrics"].get(name)) for name in ("loss", "eval_loss")]
+        table.add_row(
+            escape(_near(Path(row["folder"]))), f"[{colour}]{row['status']}[/]", str(row["step"]), *numbers, _cell(row["objective"]),
+            _duration(row["wall_seconds"]), str(row["started"])[:16].replace("T", " "), escape(" ".join(row["overrides"])),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _describe(root: Path) -> Iterator[dict[str, Any]]:
+    for folder in record.runs(root):
+        try:
+            result = Result.load(folder)
+            manifest = json.loads((folder / record.MANIFEST).read_text())
+        except (OSError, ValueError, KeyError):
+            continue  # a run that is just being frozen
+        yield {
+            "folder": str(folder.resolve()),
+            "status": result.status.value,
+            "reason": result.reason,
+            "step": result.step or _last_step(folder),
+            "metrics": result.metrics,
+            "objective": result.objective,
+            "wall_seconds": result.wall_seconds,
+            "started": manifest.get("started", datetime.fromtimestamp(folder.stat().st_mtime).isoformat()),
+            "overrides": manifest.get("overrides", []),
+        }
+
+
+def _last_step(folder: Path) -> int:
+    lines = record.read_lines(folder / record.METRICS)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,135 @@
+"""Training a causal language model on labelled tokens: the loss, its evaluation, and batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ftrun.data import Packing
+from ftrun.worker.encode import IGNORED
+from ftrun.worker.training import Run, RunTrainer
+
+Batch = dict[str, torch.Tensor]
+
+
+def collator(run: Run) -> Callable[[list[Any]], Batch]:
+    """Return what makes a batch of encoded rows."""
+    if run.cfg.data.packing is Packing.none:
+        return lambda rows: pad(rows, int(run.tokenizer.pad_token_id or 0))
+    return flatten
+
+
+def pad(rows: list[Any], pad_id: int) -> Batch:
+    """Fill rows up to the longest, on the right.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``attention_mask``, each of shape (rows, longest).
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (longest - len(values))
+
+    return {
+        "input_ids": torch.tensor([filled(row["input_ids"], pad_id) for row in rows]),
+        "labels": torch.tensor([filled(row["labels"], IGNORED) for row in rows]),
+        "attention_mask": torch.tensor([filled([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+
+
+def flatten(rows: list[Any]) -> Batch:
+    """Put packed sequences behind one another, in one row.
+
+    Without an attention mask, transformers keeps apart what the positions say are different rows.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``position_ids``, each of shape (1, all tokens).
+    """
+    names = ("input_ids", "labels", "position_ids")
+    return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in names}
+
+
+class CausalTrainer(RunTrainer):
+    """Next-token prediction on the labelled tokens, normalised over all of a step's batches and processes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # have the labelled tokens of the whole step counted
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the summed loss of a batch over the labelled tokens of the whole step."""
+        logits, targets = labelled_logits(model, self.model, inputs)
+        total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        # Processes average their gradients, so each one's share is scaled up by their number.
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+    def get_train_dataloader(self) -> Any:
+        """Batch the rows as the config says."""
+        self.data_collator = collator(self.run)
+        return super().get_train_dataloader()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the mean loss over all labelled tokens of the evaluation rows, however they are batched."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in self._eval_batches():
+                logits, targets = labelled_logits(self.model, self.model, batch)
+                loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
+                right = (logits.argmax(-1) == targets).sum()
+                totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets)), device=loss.device).double()])
+        loss_sum, right_sum, count = self.accelerator.reduce(totals).tolist()
+        loss = loss_sum / count
+        metrics = {"eval_loss": loss, "eval_token_accuracy": right_sum / count, "eval_perplexity": math.exp(min(loss, 700.0))}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        """Yield this process's share of the evaluation rows, each row once over all processes."""
+        size, mine = self.args.per_device_eval_batch_size, self.run.rows.eval[self.args.process_index :: self.args.world_size]
+        for start in range(0, len(mine), size):
+            batch = pad(mine[start : start + size], int(self.run.tokenizer.pad_token_id or 0))
+            yield {name: value.to(self.args.device) for name, value in batch.items()}
+
+
+def labelled_logits(model: nn.Module, plain: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits where there is a label, and the labels: the head is computed nowhere else.
+
+    A prompt's tokens have no label, and the head is the largest matrix of a small model.
+
+    Args:
+        model: What is called; may be wrapped, for several processes.
+        plain: The model itself.
+        inputs: ``input_ids``, ``labels`` and a mask or positions, of shape (B, T).
+
+    Returns:
+        Logits of shape (N, V) and labels of shape (N,), for the N positions whose next token is labelled.
+    """
+    labels = inputs["labels"]
+    where = torch.zeros_like(labels, dtype=torch.bool)
+    where[:, :-1] = labels[:, 1:] != IGNORED
+    features = {name: value for name, value in inputs.items() if name != "labels"}
+    with _head_only_at(plain.get_output_embeddings(), where):
+        output = model(**features, use_cache=False)
+    return output.logits[0], labels[:, 1:][where[:, :-1]]
+
+
+@contextlib.contextmanager
+def _head_only_at(head: nn.Module, where: torch.Tensor) -> Iterator[None]:
+    """While inside, have the output head see only the hidden states at ``where`` (B, T), as one row of them."""
+
+    def select(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (arguments[0][where].unsqueeze(0),)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,108 @@
+"""One process of a run: read run.yaml, do the stage, leave a result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftrun import events, record
+from ftrun.config import Config
+from ftrun.errors import ConfigError, FtrunError
+from ftrun.record import Result, Status
+from ftrun.worker import stop
+
+
+def main(run_file: Path) -> int:
+    """Run the stage of a frozen config. Every process of a run calls this once; the first one writes the result.
+
+    Returns:
+        0 if the run ended as it should or stopped on request, 1 if it failed: what torchrun wants to know. How it
+        ended is in result.json.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    folder = run_file.parent.resolve()
+    stop.install()
+    events.send("process", rank=rank, pid=os.getpid())
+    begun = time.monotonic()
+    result = Result()
+    try:
+        with _held(folder) if rank == 0 else contextlib.nullcontext():
+            result = _work(run_file, folder)
+            result.status = Status.completed
+    except stop.Stopped as stopped:
+        result.status = stopped.status
+    except BaseException as error:
+        traceback.print_exc()
+        result.status = Status.failed
+        result.reason = _reason(error)
+        if isinstance(error, ConfigError):
+            result.problems = [dataclasses.asdict(problem) for problem in error.problems]
+    finally:
+        _leave_process_group()
+    if rank == 0:
+        last = record.latest_checkpoint(folder)
+        result.checkpoint = str(last.relative_to(folder)) if last else None
+        result.wall_seconds = round(time.monotonic() - begun, 3)
+        result.save(folder)
+    return int(result.status is Status.failed)
+
+
+def _work(run_file: Path, folder: Path) -> Result:
+    cfg = Config.load(run_file)
+    cfg.output_dir = str(folder)  # the folder may have been moved since it was frozen
+    _set_up(cfg)
+    return cfg.stage.run(cfg)
+
+
+def _set_up(cfg: Config) -> None:
+    events.send("phase", text="importing")
+    import torch
+    import transformers
+
+    from ftrun.worker import device
+
+    assert cfg.hardware.num_threads is not None
+    torch.set_num_threads(cfg.hardware.num_threads)
+    device.check(cfg.hardware)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(cfg.seed)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder: say who writes to it, and keep showing signs of life."""
+    Result(holder=record.Holder.me()).save(folder)
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(record.HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(folder / record.RESULT)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error) if isinstance(error, FtrunError) else f"{type(error).__name__}: {error}"
+    return text.strip()[:2000]
+
+
+def _leave_process_group() -> None:
+    """Close torch's process group: a worker that leaves it open may abort at exit."""
+    import sys
+
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

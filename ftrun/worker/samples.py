@@ -1,0 +1,72 @@
+"""Sample replies, at each evaluation: what a person looks at to see whether training works."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from ftrun import events, record
+from ftrun.data.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ftrun.worker.encode import Rows
+    from ftrun.worker.training import Run
+
+
+def prompts(stage: Any, rows: Rows) -> list[list[Message]]:
+    """Return the conversations to reply to: the stage's own prompts, or those of the first evaluation rows."""
+    if stage.sample_prompts:
+        return [[{"role": "user", "content": text}] for text in stage.sample_prompts]
+    return rows.eval_prompts[: stage.num_samples]
+
+
+class Samples(TrainerCallback):
+    """Replies to the same prompts at each evaluation, and writes them down."""
+
+    def __init__(self, run: Run, prompts: list[list[Message]]) -> None:
+        self.run, self.prompts = run, prompts
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Generate the replies on the first process."""
+        if not (self.prompts and self.run.is_main):
+            return
+        tokens = getattr(self.run.cfg.stage, "sample_tokens", 48)
+        texts = replies(model, self.run.tokenizer, self.prompts, max_new_tokens=tokens, stop=self.run.cfg.template.stop)
+        lines = [
+            {"step": state.global_step, "prompt": prompt[-1]["content"], "reply": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+        for line in lines:
+            record.append_line(self.run.folder / record.SAMPLES, line)
+        events.send("samples", step=state.global_step, samples=lines)
+
+
+def replies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[Message]], *, max_new_tokens: int, stop: list[str]
+) -> list[str]:
+    """Reply greedily to several conversations at once.
+
+    The prompts are padded on the left, so that each reply begins where its prompt ends.
+    """
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+    tokenizer.padding_side = side
+    ends = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop if word in tokenizer.get_vocab())]
+    was_training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    model.eval()
+    if checkpointing:
+        model.gradient_checkpointing_disable()  # it refuses the cache that generating needs
+    with torch.no_grad():
+        out = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+            temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(was_training)
+    return [text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]

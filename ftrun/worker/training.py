@@ -1,0 +1,346 @@
+"""What every training stage shares: the trainer around transformers' loop, checkpoints, records, and how a run ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ftrun import events, record
+from ftrun.config import Config
+from ftrun.errors import RunFailed
+from ftrun.record import Result
+from ftrun.train import Precision
+from ftrun.worker import device, ending, loading, parameters, stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ftrun.worker.encode import Rows
+
+_STATE = "ftrun_state.json"
+"""In each checkpoint: what transformers' own state does not carry over a resume."""
+
+
+class Run:
+    """What a plugin may know of the run it takes part in. Read-only."""
+
+    def __init__(self, cfg: Config, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.cfg = cfg
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.folder = cfg.folder
+        self.name = self.folder.name
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = os.environ.get("RANK", "0") == "0"
+        self.total_steps = self._count_steps()
+        self.unique_id: str = json.loads((self.folder / record.MANIFEST).read_text())["id"]
+        """The same for a run and its resumption, for trackers that can go on with a run."""
+
+    def _count_steps(self) -> int:
+        """Return the optimizer steps of the whole run, as transformers' loop counts them."""
+        train = self.cfg.train
+        if train.max_steps is not None:
+            return train.max_steps
+        batches = math.ceil(math.ceil(len(self.rows.train) / train.micro_batch_size) / self.world_size)
+        return math.ceil(train.epochs * max(1, math.ceil(batches / train.grad_accumulation)))
+
+    def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Return the first ``count`` batches of the training rows, in file order, on the CPU."""
+        from ftrun.worker.causal import collator
+
+        collate, size = collator(self), self.cfg.train.micro_batch_size
+        starts = range(0, min(count * size, len(self.rows.train)), size)
+        return [collate(self.rows.train[start : start + size]) for start in starts]
+
+
+class EpochSampler(Sampler[int]):
+    """Draws every row once an epoch, in an order that depends on the seed and the epoch alone.
+
+    So a resumed run draws what the uninterrupted one would have drawn, in any epoch.
+    """
+
+    def __init__(self, size: int, seed: int, *, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.size))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+def arguments(run: Run) -> dict[str, Any]:
+    """Return the arguments that every trainer of transformers and TRL takes.
+
+    Logging, evaluating and saving are decided by `Conduct`, so transformers' own rules are off.
+    """
+    train, hardware = run.cfg.train, run.cfg.hardware
+    return {
+        "output_dir": str(run.folder / record.CHECKPOINTS),
+        "run_name": run.name,
+        "seed": run.cfg.seed,
+        "learning_rate": run.cfg.optimizer.lr,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.grad_accumulation,
+        "lr_scheduler_type": train.scheduler.value,
+        "warmup_steps": train.warmup_steps(run.total_steps),
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": train.precision is Precision.bf16,
+        "fp16": train.precision is Precision.fp16,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "neftune_noise_alpha": train.neftune or None,
+        "dataloader_num_workers": hardware.data_workers,
+        "dataloader_pin_memory": hardware.device.torch_name == "cuda",
+        "use_cpu": hardware.device.torch_name == "cpu",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # it would log the last good loss in place of a NaN
+        "disable_tqdm": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+class RunTrainer(Trainer):
+    """transformers' trainer, with the run's optimizer, row order, records and checkpoints."""
+
+    run: Run
+    tokens = 0
+    """Tokens trained on so far by this process, padding not counted."""
+
+    busy = 0.0
+    """Seconds of training since the last line of metrics, evaluating and saving not counted."""
+
+    _tokens_logged = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer that the config chooses."""
+        if self.optimizer is None:
+            self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        self.sampler = EpochSampler(len(self.train_dataset), self.run.cfg.seed, shuffle=self.run.cfg.train.shuffle)
+        return self.sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Count the tokens of a step's batches on their way."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.tokens += sum(num_tokens(batch) for batch in batches)
+        return batches, num_items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write one line of metrics, and tell the trackers and the driver."""
+        if "train_runtime" in logs:  # transformers' closing summary, which counts from the last resume only
+            return
+        values = {"lr" if name == "learning_rate" else name: value for name, value in logs.items() if name != "epoch"}
+        if "loss" in values:
+            values |= self._speed()
+        if not all(math.isfinite(value) for name, value in values.items() if name in ("loss", "grad_norm")):
+            raise RunFailed(f"the loss is {values['loss']} at step {self.state.global_step} (grad_norm {values.get('grad_norm')})")
+        super().log(logs | {name: value for name, value in values.items() if name not in ("lr",)})
+        line = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6), "time": round(time.time(), 3), **values}
+        if self.run.is_main:
+            record.append_line(self.run.folder / record.METRICS, line)
+            print(json.dumps(line), flush=True)  # noqa: T201 (log.txt)
+            events.send("log", **line)
+
+    def _speed(self) -> dict[str, float]:
+        """Return the tokens of all processes so far, and per second of training since the last line."""
+        mine = torch.tensor(float(self.tokens), device=self.args.device, dtype=torch.float64)
+        total = int(self.accelerator.reduce(mine).item())
+        rate = (total - self._tokens_logged) / max(self.busy, 1e-9)
+        self._tokens_logged, self.busy = total, 0.0
+        return {"tokens": total, "tokens_per_second": round(rate, 1)}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save under transformers' name, and rename when everything is on disk: complete or absent."""
+        super()._save_checkpoint(model, trial)
+        partial = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        state = {
+            "tokens": self.tokens,
+            "tokens_logged": self._tokens_logged,
+            "loss_logged": self._total_loss_scalar,
+            "loss_since_log": self._tr_loss.item(),
+            "step_of_log": self._globalstep_last_logged,
+        }
+        (partial / f"{_STATE}.{self.args.process_index}").write_text(json.dumps(state))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+            _flush(partial)
+            partial.rename(partial.with_name(f"step-{self.state.global_step}"))
+            for old in record.checkpoints(self.run.folder)[: -self.run.cfg.train.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of all steps, over interruptions, once the last one is logged."""
+        return self._total_loss_scalar / self.state.global_step
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the counts and the unlogged loss where the checkpoint left them."""
+        state = json.loads((checkpoint / f"{_STATE}.{self.args.process_index}").read_text())
+        self.tokens, self._tokens_logged = state["tokens"], state["tokens_logged"]
+        self._total_loss_scalar = state["loss_logged"]
+        self._tr_loss.fill_(state["loss_since_log"])
+        self._globalstep_last_logged = state["step_of_log"]
+
+
+def num_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Return how many tokens of a batch are not padding."""
+    masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
+    return int(sum(mask.sum() for mask in masks)) if masks else batch["input_ids"].numel()
+
+
+def _flush(folder: Path) -> None:
+    """Force a folder's files to disk, so that a name that says complete outlives a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Conduct(TrainerCallback):
+    """Decides after each step whether to log, evaluate, save or stop."""
+
+    def __init__(self, trainer: RunTrainer, run: Run, checkpoint: Path | None) -> None:
+        self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
+        self._mark = 0.0  # when training was last (re)started
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take up where a checkpoint left off, or evaluate the model as it starts."""
+        assert state.max_steps == self.run.total_steps, (state.max_steps, self.run.total_steps)
+        if self.checkpoint:
+            self.trainer.restore(self.checkpoint)
+        events.send("start", step=state.global_step, total=state.max_steps)
+        self._mark = time.monotonic()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the sampler which epoch this is."""
+        self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set what the loop does before the next step."""
+        train, step = self.run.cfg.train, state.global_step
+        now = time.monotonic()
+        self.trainer.busy += now - self._mark
+        self._mark = now
+        events.send("step", step=step)
+        last = step >= state.max_steps
+        control.should_log = step % train.log_every == 0 or step == 1 or last
+        control.should_evaluate = bool(self.run.rows.eval) and (last or bool(train.eval_every and step % train.eval_every == 0))
+        control.should_save = bool(train.save_every) and step % train.save_every == 0 and not last
+        if self._told_to_stop() and not last:
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+        control.should_training_stop = control.should_training_stop or last
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the time it took out of the speed."""
+        self._mark = time.monotonic()
+
+    on_save = on_evaluate
+
+    def _told_to_stop(self) -> bool:
+        """Tell whether any process was: all must stop after the same step."""
+        told = stop.requested() is not None
+        if self.run.world_size == 1:
+            return told
+        flag = torch.tensor(float(told), device=self.trainer.args.device)
+        return bool(self.trainer.accelerator.reduce(flag).item())
+
+
+def build(cls: type[RunTrainer], model: nn.Module, run: Run, **more: Any) -> RunTrainer:
+    """Make a trainer of the class that a stage names, with the callbacks of every plugin of the run."""
+    _say_what_trains(model)
+    trainer = cls(model=model, args=TrainingArguments(**arguments(run)), train_dataset=run.rows.train, processing_class=run.tokenizer, **more)
+    return prepare(trainer, run)
+
+
+def prepare(trainer: RunTrainer, run: Run) -> RunTrainer:
+    """Bind a trainer to its run."""
+    trainer.run = run
+    trainer.remove_callback(PrinterCallback)
+    for option in run.cfg.chosen:
+        for callback in option.callbacks(trainer.model, run):
+            trainer.add_callback(callback)
+    return trainer
+
+
+def _say_what_trains(model: nn.Module) -> None:
+    total, trained = loading.count(model)
+    if not parameters.trained(model):
+        raise RunFailed("no weight of the model trains")
+    events.send("note", text=f"{trained:,} of {total:,} parameters train ({trained / total:.2%})")
+
+
+def fit(trainer: RunTrainer, run: Run) -> Result:
+    """Train to the end, from the newest checkpoint if there is one, and leave what a run leaves.
+
+    Raises:
+        Stopped: The run was told to stop; what it had done is saved.
+    """
+    checkpoint = record.latest_checkpoint(run.folder)
+    if run.is_main:
+        record.remove_incomplete_checkpoints(run.folder)
+        record.cut_back(run.folder, record.step_of(checkpoint) if checkpoint else -1)
+        ending.add_to_manifest(run)
+    trainer.args.eval_on_start = bool(run.rows.eval) and checkpoint is None
+    trainer.add_callback(Conduct(trainer, run, checkpoint))
+    begun = time.monotonic()
+    with stop.deferred(), _profiled(trainer, run):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if (status := stop.requested()) and trainer.state.global_step < trainer.state.max_steps:
+        raise stop.Stopped(status)
+    seconds = time.monotonic() - begun
+    trainer.accelerator.wait_for_everyone()
+    return ending.finish(trainer, run, seconds) if run.is_main else Result()
+
+
+@contextlib.contextmanager
+def _profiled(trainer: RunTrainer, run: Run) -> Iterator[None]:
+    """Trace some steps with torch's profiler, where that is asked for."""
+    if not run.cfg.train.profile_steps or not run.is_main:
+        yield
+        return
+    from torch.profiler import profile, schedule, tensorboard_trace_handler
+
+    folder = run.folder / "profile"
+    plan = schedule(wait=1, warmup=2, active=run.cfg.train.profile_steps, repeat=1)
+    with profile(schedule=plan, on_trace_ready=tensorboard_trace_handler(str(folder))) as profiler:
+
+        class Step(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                profiler.step()
+
+        trainer.add_callback(Step())
+        yield
+    summary = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+    record.write_whole(folder / "summary.txt", summary)
+

@@ -1,0 +1,58 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from ftrun.data import Packing
+from ftrun.errors import Problem
+from ftrun.fields import ranged
+from ftrun.model import Attention
+from ftrun.plugin import Stage, register
+
+if TYPE_CHECKING:
+    from ftrun.config import Config
+    from ftrun.record import Result
+
+
+@register
+@dataclass(kw_only=True)
+class SFT(Stage):
+    """Train on conversations: the model learns to give the replies in them."""
+
+    default_data: ClassVar[str] = "demo:identity"
+    rows: ClassVar[str] = "conversations"
+    reads: ClassVar[tuple[str, ...]] = ("model.*", "template.*", "data.*", "train.*")
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss", "eval_token_accuracy", "eval_perplexity")
+    name: str = "sft"
+
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts whose replies are shown at each evaluation. Default: those of the first evaluation rows."""
+
+    num_samples: int = ranged(3, ge=0)
+    """How many evaluation rows give such a prompt, where ``sample_prompts`` gives none; 0 for no samples."""
+
+    sample_tokens: int = ranged(48, ge=1)
+    """Longest sample reply, in tokens."""
+
+    def check(self, cfg: Config) -> Iterator[Problem]:
+        """Packed rows are kept apart by their positions, which not every kernel looks at."""
+        if cfg.data.packing is not Packing.none and cfg.model.attention is Attention.eager and cfg.model.trust_remote_code:
+            why = "a model's own attention code may not keep packed rows apart"
+            yield Problem("data.packing", why, "data.packing=none, or model.attention=sdpa")
+
+    def run(self, cfg: Config) -> Result:
+        """Load, encode, train, and say how it went."""
+        from ftrun.worker import encode, loading, samples, training
+        from ftrun.worker.causal import CausalTrainer
+
+        tokenizer = loading.tokenizer(cfg)
+        rows = encode.conversations(cfg, tokenizer)
+        model = loading.model(cfg, tokenizer)
+        run = training.Run(cfg, rows, tokenizer)
+        model = cfg.adapter.apply(model, run)
+        trainer = training.build(CausalTrainer, model, run)
+        trainer.add_callback(samples.Samples(run, samples.prompts(self, rows)))
+        return training.fit(trainer)
