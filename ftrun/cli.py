@@ -1,11 +1,12 @@
 """The ``ftrun`` command: ``ftrun stage=dpo model=qwen2 adapter=lora``.
 
-A word with a ``=`` is an override of the config tree; the first word without one is a command, and no command means: run.
+A word with a ``=`` is an override of the config tree; a first word without one is a command; no command means: run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -167,17 +168,19 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def show_command_help(command: str) -> None:
     """Print argparse's page for a command that takes arguments of its own."""
-    try:
+    with contextlib.suppress(SystemExit):
         _COMMANDS[command](["--help"])
-    except SystemExit:
-        pass
 
 
 def _refuse_options(words: Sequence[str]) -> None:
     from ftrun.errors import Problem
 
     problems = [
-        Problem(word, "is no option of ftrun, whose settings are KEY=VALUE", f"{word.lstrip('-').replace('-', '_').partition('=')[0]}=VALUE, without dashes")
+        Problem(
+            word,
+            "is no option of ftrun, whose settings are KEY=VALUE",
+            f"{word.lstrip('-').replace('-', '_').partition('=')[0]}=VALUE, without dashes",
+        )
         for word in words
         if word.startswith("-")
     ]
@@ -194,6 +197,13 @@ def _show_error(error: FtrunError) -> None:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return
     many = len(error.problems) > 1
-    errors.print(f"[bold red]error:[/] {len(error.problems)} problems" if many else "[bold red]error:[/]", soft_wrap=True, end="\n" if many else " ")
+    errors.print(
+        f"[bold red]error:[/] {len(error.problems)} problems" if many else "[bold red]error:[/]",
+        soft_wrap=True,
+        end="\n" if many else " ",
+    )
     for problem in error.problems:
-        errors.print(f"[bold]{escape(problem.key)}[/]: {escape(problem.message)}\n    [green]fix:[/] {escape(problem.fix)}", soft_wrap=True)
+        errors.print(
+            f"[bold]{escape(problem.key)}[/]: {escape(problem.message)}\n    [green]fix:[/] {escape(problem.fix)}",
+            soft_wrap=True,
+        )

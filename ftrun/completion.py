@@ -55,7 +55,11 @@ def candidates(words: Sequence[str]) -> list[str]:
 def _possible(before: Sequence[str], last: str) -> Iterator[str]:
     if before and before[0] in ("list",):
         group, equals, _ = last.partition("=")
-        yield from (f"{group}={name}" for name in options.names(group)) if equals and group in options.GROUPS else options.GROUPS
+        yield from (
+            (f"{group}={name}" for name in options.names(group))
+            if equals and group in options.GROUPS
+            else options.GROUPS
+        )
     elif before and before[0] == "completion":
         yield from SHELLS
     elif before and before[0] in ("runs", "resume", "env"):

@@ -1,7 +1,7 @@
 """From words on the command line to a typed tree, through Hydra; and from Hydra's exceptions to problems.
 
-Hydra finds an option ``<group>=<name>``, in this order, as YAML in ./conf, as YAML in ftrun's own conf/, or as a plugin,
-which is imported only if it is chosen.
+Hydra finds an option ``<group>=<name>``, in this order, as YAML in ./conf, as YAML in ftrun's own conf/, or as a
+plugin, which is imported only if it is chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -20,7 +19,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
@@ -59,7 +58,10 @@ class PluginSource(ConfigSource):
             raise ConfigLoadError(f"no plugin {error}") from None
         package = f"tracker.{name}" if group == "tracker" else None
         return ConfigResult(
-            provider=self.provider, path=f"ftrun://{config_path}", config=OmegaConf.structured(cls), header={"package": package}
+            provider=self.provider,
+            path=f"ftrun://{config_path}",
+            config=OmegaConf.structured(cls),
+            header={"package": package},
         )
 
     def is_group(self, config_path: str) -> bool:
@@ -73,7 +75,9 @@ class PluginSource(ConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """List a group's plugins."""
-        return plugin.names(config_path) if config_path in plugin.GROUPS and results_filter is not ObjectType.GROUP else []
+        return (
+            plugin.names(config_path) if config_path in plugin.GROUPS and results_filter is not ObjectType.GROUP else []
+        )
 
     @staticmethod
     def _name(config_path: str) -> str:
@@ -99,8 +103,9 @@ def compose_tree(overrides: Sequence[str]) -> DictConfig:
     problems: list[Problem] = []
     parsed = [override for word in overrides for override in _parse(word, problems)]
     _load_plugin_files(parsed, problems)
-    good = [override for override in parsed if not (found := list(_misused(override))) or problems.extend(found)]
-    chosen, values = _split(good, problems)
+    misused = {id(override): list(_misused(override)) for override in parsed}
+    problems += [problem for found in misused.values() for problem in found]
+    chosen, values = _split([override for override in parsed if not misused[id(override)]], problems)
     node = None
     try:
         node = _compose(chosen + values)
@@ -164,15 +169,27 @@ def _misused(override: Override) -> Iterator[Problem]:
     """Yield what is wrong with a well-formed word before anything is looked up."""
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        yield Problem(key, "ftrun starts runs itself, so Hydra's own settings would change nothing", "output_dir=FOLDER for the run's folder")
+        yield Problem(
+            key,
+            "ftrun starts runs itself, so Hydra's own settings would change nothing",
+            "output_dir=FOLDER for the run's folder",
+        )
     elif override.is_delete():
         yield Problem(f"~{key}", "no key can be taken out of the tree", f"{key}=null, or {key}= another value")
     elif override.is_sweep_override():
         value = (override.input_line or "").partition("=")[2]
-        yield Problem(key, f"{value} is several values, and a run takes one", f"a list is {key}=[...]; text with a comma is \"{key}='...'\"")
-    elif key == "schema_version" or (key.count(".") >= 1 and key.endswith(".name") and key.split(".")[0] in plugin.GROUPS):
+        yield Problem(
+            key,
+            f"{value} is several values, and a run takes one",
+            f"a list is {key}=[...]; text with a comma is \"{key}='...'\"",
+        )
+    elif key == "schema_version" or (
+        key.count(".") >= 1 and key.endswith(".name") and key.split(".")[0] in plugin.GROUPS
+    ):
         group = key.split(".")[0]
-        yield Problem(key, "is set by what is chosen and cannot be typed", f"{group}=OPTION" if "." in key else f"leave {key} out")
+        yield Problem(
+            key, "is set by what is chosen and cannot be typed", f"{group}=OPTION" if "." in key else f"leave {key} out"
+        )
 
 
 def _split(parsed: Sequence[Override], problems: list[Problem]) -> tuple[list[Override], list[Override]]:
@@ -220,13 +237,19 @@ def _diagnose(error: Exception, chosen: Sequence[Override], values: Sequence[Ove
     except (HydraException, OmegaConfBaseException, YAMLError, AssertionError) as inner:
         return [_from_file(inner, chosen)]
     problems = [problem for override in values for problem in _try_value(base, override)]
-    return problems or [Problem("config", _root(error).args[0] if _root(error).args else repr(error), "see `ftrun show --help`")]
+    return problems or [
+        Problem("config", _root(error).args[0] if _root(error).args else repr(error), "see `ftrun show --help`")
+    ]
 
 
 def _try_value(base: DictConfig, override: Override) -> Iterator[Problem]:
     key, node = override.key_or_group, base.copy()
     try:
-        if override.is_add() and not override.is_force_add() and OmegaConf.select(base, key, throw_on_missing=False) is not None:
+        if (
+            override.is_add()
+            and not override.is_force_add()
+            and OmegaConf.select(base, key, throw_on_missing=False) is not None
+        ):
             yield Problem(f"+{key}", "is a key of the tree already", f"{key}=...")
             return
         OmegaConf.update(node, key, override.value(), merge=True)
@@ -243,34 +266,57 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
     known = sorted(_keys(base))
     group = key.split(".")[0]
     if group in options.OPTIONAL_GROUPS:
-        return Problem(key, f"{group} is a choice of whole recipes and has no keys of its own", f"{group}=OPTION, and the keys it sets")
+        return Problem(
+            key,
+            f"{group} is a choice of whole recipes and has no keys of its own",
+            f"{group}=OPTION, and the keys it sets",
+        )
     if group == "tracker":
-        name = (key.split(".") + [""])[1]
+        name = [*key.split("."), ""][1]
         if name in options.names("tracker"):
             return Problem(key, f"tracker={name} is not chosen in this run", f"tracker={name} {key}=...")
-    here = f"; {group}={base[group].name} has no such key" if group in plugin.GROUPS and "name" in (base.get(group) or {}) else ""
+    here = (
+        f"; {group}={base[group].name} has no such key"
+        if group in plugin.GROUPS and "name" in (base.get(group) or {})
+        else ""
+    )
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]
     near = list(dict.fromkeys([*same_name, *difflib.get_close_matches(key, known, n=3, cutoff=0.6)]))[:4]
     if last in options.GROUPS or key in options.GROUPS:
         near.insert(0, last)
-    fix = f"{near[0]}=..." if near else f"`ftrun list {group}=OPTION` lists an option's keys; `ftrun show` prints the tree"
+    fix = (
+        f"{near[0]}=..."
+        if near
+        else f"`ftrun list {group}=OPTION` lists an option's keys; `ftrun show` prints the tree"
+    )
     meant = f"; did you mean {', '.join(near)}?" if near else ""
     return Problem(key, f"is not a key{here}{meant}", fix)
 
 
-_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "Enum": "one of its options"}
+_TYPE_NAMES = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "Boolean": "true or false",
+    "Enum": "one of its options",
+}
 
 
 def _wrong_type(base: DictConfig, key: str, error: ValidationError) -> Problem:
     text = str(error).splitlines()[0]
     if expected := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         known = expected[2].split(", ")
-        return Problem(key, f"{expected[1]} is none of its values{did_you_mean(expected[1], known)}", f"{key}= one of {', '.join(known)}")
+        return Problem(
+            key,
+            f"{expected[1]} is none of its values{did_you_mean(expected[1], known)}",
+            f"{key}= one of {', '.join(known)}",
+        )
     if converted := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", text):
         now = OmegaConf.select(base, key, throw_on_missing=False)
         example = now if now is not None and not isinstance(now, Enum) else "VALUE"
-        return Problem(key, f"'{converted[1]}' is not {_TYPE_NAMES.get(converted[2], converted[2])}", f"{key}={example}")
+        return Problem(
+            key, f"'{converted[1]}' is not {_TYPE_NAMES.get(converted[2], converted[2])}", f"{key}={example}"
+        )
     return Problem(key, text, f"`ftrun show` prints what {key} is now")
 
 
@@ -287,12 +333,23 @@ def _from_file(error: Exception, chosen: Sequence[Override]) -> Problem:
         missing = (error.missing_cfg_file or "").strip("/")
         known = sorted(str(name) for name in error.options or ())
         near = did_you_mean(missing.rpartition("/")[2], known)
-        return Problem(where, f"asks for {missing}, which is no option{near}", f"one of {', '.join(known)}" if known else "an option that exists")
+        return Problem(
+            where,
+            f"asks for {missing}, which is no option{near}",
+            f"one of {', '.join(known)}" if known else "an option that exists",
+        )
     key = getattr(root, "full_key", None) or getattr(root, "key", None)
     text = str(root).splitlines()[0] if str(root) else repr(root)
     if isinstance(root, ConfigKeyError | ConfigAttributeError) and key:
-        known_keys = sorted({f"{g}.{k}" for g in plugin.GROUPS for k in options.keys_of(g, chosen)} | set(_keys(OmegaConf.structured(Config))))
-        return Problem(where, f"{key} is not a key{did_you_mean(str(key), known_keys)}", "mend the file: `ftrun show` prints the tree's keys")
+        known_keys = sorted(
+            {f"{g}.{k}" for g in plugin.GROUPS for k in options.keys_of(g, chosen)}
+            | set(_keys(OmegaConf.structured(Config)))
+        )
+        return Problem(
+            where,
+            f"{key} is not a key{did_you_mean(str(key), known_keys)}",
+            "mend the file: `ftrun show` prints the tree's keys",
+        )
     if isinstance(root, ValidationError) and key:
         return dataclasses.replace(_wrong_type(OmegaConf.create(), str(key), root), key=f"{where}: {key}")
     return Problem(where, text, "mend the file, or choose another option")
@@ -313,7 +370,7 @@ def _at_fault(text: str, chosen: Sequence[Override]) -> str:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in node:
+    for name in map(str, node):
         yield f"{prefix}{name}"
         child = node._get_node(name)
         if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
@@ -324,19 +381,21 @@ def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[Problem]:
     """Yield the keys that ``+`` or ``++`` put into the tree past the schema."""
     cls = OmegaConf.get_type(node)
     known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else None
-    for name in node:
+    for name in map(str, node):
         child = node._get_node(name)
         if known is not None and name not in known:
             key = f"{prefix}{name}"
             near = did_you_mean(key, [f"{prefix}{k}" for k in known])
             yield Problem(key, f"is not a key, and + cannot make it one{near}", f"leave {key} out")
-        elif isinstance(child, DictConfig) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
+        elif isinstance(child, DictConfig) and not (
+            child._is_none() or child._is_missing() or child._is_interpolation()
+        ):
             yield from _unknown_keys(child, f"{prefix}{name}.")
 
 
 def _unset(node: DictConfig, prefix: str = "") -> Iterator[Problem]:
     """Yield the keys without a value, and the references that lead nowhere."""
-    for name in node:
+    for name in map(str, node):
         key, child = f"{prefix}{name}", node._get_node(name)
         if child is None:
             continue

@@ -1,7 +1,7 @@
 """The config tree of one run: what was typed becomes typed objects, or a list of everything wrong with it.
 
-The driver composes the tree with Hydra (`ftrun.compose`) and freezes it as ``run.yaml``; the worker reads that file back
-with `Config.load` and never sees Hydra.
+The driver composes the tree with Hydra (`ftrun.compose`) and freezes it as ``run.yaml``; the worker reads that file
+back with `Config.load` and never sees Hydra.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Config:
         saved = cast(DictConfig, OmegaConf.load(path))
         if (found := saved.get("schema_version")) != SCHEMA_VERSION:
             message = f"is of version {found}, and this ftrun reads version {SCHEMA_VERSION}"
-            raise ConfigError([Problem(str(path), message, "the ftrun that wrote it (its version is in manifest.json)")])
+            raise ConfigError(
+                [Problem(str(path), message, "the ftrun that wrote it (its version is in manifest.json)")]
+            )
         for file in saved.plugins:
             plugin.load_file(path.parent / file)
         schema: DictConfig = OmegaConf.structured(cls)
@@ -109,7 +111,9 @@ class Config:
             for name in saved.tracker:
                 schema.tracker[name] = plugin.get("tracker", name)
         except LookupError as error:
-            raise ConfigError([Problem(str(path), f"no plugin {error} is installed here", "install what provides it")]) from None
+            raise ConfigError(
+                [Problem(str(path), f"no plugin {error} is installed here", "install what provides it")]
+            ) from None
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, saved)))
 
 
@@ -152,7 +156,11 @@ def _missing_packages(cfg: Config) -> Iterator[Problem]:
                 version(distribution)
             except PackageNotFoundError:
                 what = f"{option.group}={option.name}"
-                yield Problem(option.group, f"{what} needs the package {distribution}, which is not installed", f"pip install {distribution}")
+                yield Problem(
+                    option.group,
+                    f"{what} needs the package {distribution}, which is not installed",
+                    f"pip install {distribution}",
+                )
 
 
 def _contradictions(cfg: Config) -> Iterator[Problem]:
@@ -171,7 +179,9 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     if data.eval_path and data.eval_size:
         yield Problem("data.eval_size", "data.eval_path says already what to evaluate on", "one of them")
     if data.eval_size > 1 and data.eval_size != int(data.eval_size):
-        yield Problem("data.eval_size", f"{data.eval_size} is neither a share nor a count", "a share below 1, or whole rows")
+        yield Problem(
+            "data.eval_size", f"{data.eval_size} is neither a share nor a count", "a share below 1, or whole rows"
+        )
     if cfg.objective and cfg.stage.metrics and cfg.objective not in cfg.stage.metrics:
         known = list(cfg.stage.metrics)
         yield Problem(
@@ -190,7 +200,9 @@ def _unread(cfg: Config) -> Iterator[Problem]:
     for group in ("model", "template", "data", "train"):
         for key, value, default in _leaves(getattr(cfg, group), group):
             if value != default and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
-                yield Problem(key, f"stage={cfg.stage.name} does not read it, so it would change nothing", f"leave {key} out")
+                yield Problem(
+                    key, f"stage={cfg.stage.name} does not read it, so it would change nothing", f"leave {key} out"
+                )
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:

@@ -79,7 +79,9 @@ class Display:
 
     def _show_log(self, step: int, **values: Any) -> None:
         if any(name.startswith("eval_") for name in values):
-            numbers = "  ".join(f"{name} {_number(value)}" for name, value in values.items() if name.startswith("eval_"))
+            numbers = "  ".join(
+                f"{name} {_number(value)}" for name, value in values.items() if name.startswith("eval_")
+            )
             self._line(f"[bold]evaluation after step {step}[/]  {numbers}")
         elif console.is_terminal:
             speed = values.get("tokens_per_second")

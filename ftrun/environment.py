@@ -14,8 +14,8 @@ import ftrun
 from ftrun import hardware, model
 
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "hydra-core", "omegaconf",
-    "huggingface-hub", "numpy", "deepspeed", "bitsandbytes", "flash-attn",
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "hydra-core",
+    "omegaconf", "huggingface-hub", "numpy", "deepspeed", "bitsandbytes", "flash-attn",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def git_state() -> dict[str, Any] | None:
 def torch_build() -> str:
     """Return what torch was built for, read from its files: importing it would take seconds."""
     try:
-        text = (distribution("torch").locate_file("torch/version.py")).read_text()  # type: ignore[attr-defined]
+        text = (distribution("torch").locate_file("torch/version.py")).read_text()
     except (PackageNotFoundError, OSError):
         return "not installed"
     for name in ("cuda", "hip", "xpu"):
@@ -77,5 +77,13 @@ def report() -> list[tuple[str, str]]:
     rows = [("ftrun", ftrun.__version__), ("python", machine["python"]), ("platform", machine["platform"])]
     rows += [*known["versions"].items(), ("torch built for", torch_build()), ("CPUs", str(machine["cpus"]))]
     rows += [("accelerators", ", ".join(machine["accelerators"]) or "none"), ("cache", str(model.cache_folder()))]
-    variables = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "FTRUN_CACHE")
+    variables = (
+        "HF_HOME",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "SLURM_JOB_ID",
+        "FTRUN_CACHE",
+    )
     return rows + [(f"${name}", os.environ[name]) for name in variables if name in os.environ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -63,8 +62,7 @@ def _children(node: Any) -> Iterator[tuple[str, Any, dataclasses.Field[Any] | No
         yield from ((str(index), value, None) for index, value in enumerate(node))
 
 
-@functools.cache
-def docs(cls: type) -> dict[str, str]:
+def docs(cls: type[Any]) -> dict[str, str]:
     """Return the docstring under each field of a dataclass, bases included, by field name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -6,7 +6,8 @@ started no thread, so its children may.
 
     python -m ftrun.forkserver SOCKET
 
-A driver uses the server whose socket ``$FTRUN_FORK_SERVER`` names. The server ends when the process that started it does.
+A driver uses the server whose socket ``$FTRUN_FORK_SERVER`` names. The server ends when the process that started it
+does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ VARIABLE = "FTRUN_FORK_SERVER"
 PRELOADED = (
     "torch", "torch.distributed", "torch.utils.data", "transformers", "transformers.trainer", "transformers.generation",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "datasets", "trl", "trl.trainer.dpo_trainer", "matplotlib.pyplot",
+    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "datasets", "trl",
+    "trl.trainer.dpo_trainer", "matplotlib.pyplot",
     "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.causal", "ftrun.worker.samples",
 )  # fmt: skip
 """What a worker is likely to import."""
@@ -52,7 +54,9 @@ class Forked:
                 selector.register(self._connection, selectors.EVENT_READ)
                 if selector.select(timeout=0):
                     line = self._stream.readline()
-                    self._code = json.loads(line)["code"] if line else -signal.SIGKILL  # the server is gone, and it with it
+                    self._code = (
+                        json.loads(line)["code"] if line else -signal.SIGKILL
+                    )  # the server is gone, and it with it
         return self._code
 
 
@@ -78,7 +82,9 @@ def start(address: str) -> subprocess.Popen[bytes]:
     Raises:
         RuntimeError: It died on the way.
     """
-    server = subprocess.Popen([sys.executable, "-m", "ftrun.forkserver", address], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    server = subprocess.Popen(
+        [sys.executable, "-m", "ftrun.forkserver", address], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
     while not Path(address).exists():
         if server.poll() is not None:
             raise RuntimeError(f"the fork server ended with exit code {server.returncode}")
@@ -167,7 +173,7 @@ def _child(request: dict[str, object], log: int, *, fresh: bool) -> None:
         os.environ.clear()
         os.environ.update(request["env"])  # type: ignore[call-overload]
         if fresh:
-            os.execv(sys.executable, [sys.executable, "-m", "ftrun.worker", str(request["run_file"])])
+            os.execv(sys.executable, [sys.executable, "-m", "ftrun.worker", str(request["run_file"])])  # noqa: S606
         from ftrun.worker.main import main
 
         code = main(Path(str(request["run_file"])))

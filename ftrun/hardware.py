@@ -56,7 +56,9 @@ class Hardware:
     def check(self, train: Train) -> Iterator[Problem]:
         """Yield what the device cannot do."""
         if self.device is Device.cpu and train.precision is Precision.fp16:
-            yield Problem("train.precision", "fp16 needs a GPU: CPUs have no loss scaling", "train.precision=bf16, or fp32")
+            yield Problem(
+                "train.precision", "fp16 needs a GPU: CPUs have no loss scaling", "train.precision=bf16, or fp32"
+            )
         if self.device is Device.mps and (self.num_processes or 1) > 1:
             yield Problem("hardware.num_processes", "an Apple GPU takes one process", "hardware.num_processes=1")
 
@@ -106,7 +108,7 @@ def _accelerators() -> Iterator[Found]:
     if Path("/dev/kfd").exists() and (nodes := list(Path("/dev/dri").glob("renderD*"))):
         visible = _visible("HIP_VISIBLE_DEVICES", len(nodes))
         yield Found(Device.rocm, ("AMD GPU",) * visible, bf16=True)
-    if npus := [path for path in Path("/dev").glob("davinci[0-9]*")]:
+    if npus := list(Path("/dev").glob("davinci[0-9]*")):
         yield Found(Device.npu, ("Ascend NPU",) * _visible("ASCEND_RT_VISIBLE_DEVICES", len(npus)), bf16=True)
     if shutil.which("xpu-smi"):
         yield Found(Device.xpu, ("Intel GPU",), bf16=True)
@@ -121,7 +123,9 @@ def _nvidia() -> list[tuple[str, str]]:
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30)
     lines = [line.rpartition(",") for line in done.stdout.strip().splitlines()] if done.returncode == 0 else []
-    return [(name.strip(), capability.strip()) for name, _, capability in lines][: _visible("CUDA_VISIBLE_DEVICES", len(lines))]
+    return [(name.strip(), capability.strip()) for name, _, capability in lines][
+        : _visible("CUDA_VISIBLE_DEVICES", len(lines))
+    ]
 
 
 def _visible(variable: str, count: int) -> int:

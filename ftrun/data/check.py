@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 from ftrun.config import Config
 from ftrun.data import OnBadRow, read
@@ -19,7 +21,12 @@ def check(cfg: Config) -> Iterator[Problem]:
     """Yield what is wrong with the files and their first rows."""
     key = "data.sources" if cfg.data.sources else "data.path"
     try:
-        files = [file for source in read.sources_of(cfg.data) if not read.is_hub_id(source.path) for file in read.find(key, source.path).train]
+        files = [
+            file
+            for source in read.sources_of(cfg.data)
+            if not read.is_hub_id(source.path)
+            for file in read.find(key, source.path).train
+        ]
         evaluated = read.eval_files(cfg.data)
     except ConfigError as error:
         yield from error.problems
@@ -33,9 +40,9 @@ def check(cfg: Config) -> Iterator[Problem]:
             yield from error.problems
 
 
-def _check_rows(cfg: Config, file: read.Path) -> Iterator[Problem]:
+def _check_rows(cfg: Config, file: Path) -> Iterator[Problem]:
     count, bad = 0, []
-    for row in read.islice(read.read(file), FIRST_ROWS):
+    for row in islice(read.read(file), FIRST_ROWS):
         count += 1
         try:
             understand(row, cfg.stage.rows, cfg.data.format)
@@ -45,8 +52,16 @@ def _check_rows(cfg: Config, file: read.Path) -> Iterator[Problem]:
         yield Problem(str(file), "has no rows", "a file with rows")
     elif len(bad) == count and count > 1:
         first = bad[0]
-        yield Problem(first.key, f"{first.message} (and all of the first {count} rows are like that)", first.fix.partition("; or data.on_bad_row")[0])
+        yield Problem(
+            first.key,
+            f"{first.message} (and all of the first {count} rows are like that)",
+            first.fix.partition("; or data.on_bad_row")[0],
+        )
     elif cfg.data.on_bad_row is OnBadRow.error:
         yield from bad[:MOST_PROBLEMS]
         if len(bad) > MOST_PROBLEMS:
-            yield Problem(str(file), f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {count}", "data.on_bad_row=skip counts and skips them")
+            yield Problem(
+                str(file),
+                f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {count}",
+                "data.on_bad_row=skip counts and skips them",
+            )

@@ -132,7 +132,11 @@ def _pair(row: Row) -> Pair:
     else:
         chosen, rejected = _as_messages(row, "chosen", "assistant"), _as_messages(row, "rejected", "assistant")
     if not prompt or not chosen or not rejected:
-        raise BadRow(row, "chosen and rejected do not follow a common prompt", '"prompt": "...", "chosen": "...", "rejected": "..."')
+        raise BadRow(
+            row,
+            "chosen and rejected do not follow a common prompt",
+            '"prompt": "...", "chosen": "...", "rejected": "..."',
+        )
     return Pair(prompt, chosen, rejected, row)
 
 
@@ -181,7 +185,9 @@ def understand(row: Row, kind: str, form: Format, reasoning: Reasoning = Reasoni
     shape = next((_SHAPES[name] for name in candidates if name in _SHAPES and _SHAPES[name].fits(columns)), None)
     if shape is None:
         expected = "; or ".join(_SHAPES[name].columns() for name in candidates if name in _SHAPES)
-        raise BadRow(row, f"has the columns {', '.join(columns)}, and {kind} are read from {expected}", "rename the columns")
+        raise BadRow(
+            row, f"has the columns {', '.join(columns)}, and {kind} are read from {expected}", "rename the columns"
+        )
     value = shape.read(row)
     if isinstance(value, list):
         value = Conversation([_think(message, reasoning) for message in value], row, row.value.get("tools") or None)

@@ -83,7 +83,9 @@ def find(key: str, path: str) -> Files:
         found = sorted(file for file in local.rglob("*") if file.suffix in _READERS and not file.name.startswith("."))
         if not found:
             kinds = ", ".join(_READERS)
-            raise ConfigError([Problem(key, f"the folder {path} holds no file of rows ({kinds})", "a folder that does")])
+            raise ConfigError(
+                [Problem(key, f"the folder {path} holds no file of rows ({kinds})", "a folder that does")]
+            )
         held_out = [file for file in found if file.stem.split(".")[0].split("-")[0] in _EVAL_NAMES]
         return Files([file for file in found if file not in held_out], held_out)
     files = [Path(file) for file in sorted(glob.glob(str(local), recursive=True))] if glob.has_magic(path) else [local]
@@ -99,7 +101,9 @@ def find(key: str, path: str) -> Files:
 def _not_a_file(key: str, file: Path) -> Problem:
     parent = file.parent if str(file.parent) else Path()
     beside = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    return Problem(key, f"there is no file {file}{did_you_mean(file.name, beside)}", f"{key}=FILE (paths start at {Path.cwd()})")
+    return Problem(
+        key, f"there is no file {file}{did_you_mean(file.name, beside)}", f"{key}=FILE (paths start at {Path.cwd()})"
+    )
 
 
 def _unknown_kind(key: str, file: Path) -> Problem:
@@ -117,7 +121,9 @@ def read(file: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1 if error.end <= file.stat().st_size else 1
         message = "is not UTF-8 text"
-        raise ConfigError([Problem(f"{file}:{line}", message, f"iconv -f LATIN1 -t UTF-8 {file} (or what its encoding is)")]) from None
+        raise ConfigError(
+            [Problem(f"{file}:{line}", message, f"iconv -f LATIN1 -t UTF-8 {file} (or what its encoding is)")]
+        ) from None
 
 
 def rows(sources: list[Source], seed: int = 0, *, key: str = "data.path", limit: int | None = None) -> Iterator[Row]:
@@ -159,7 +165,12 @@ def eval_files(data: Data) -> list[Path]:
         return files.train + files.eval
     if data.eval_size:
         return []
-    return [file for source in sources_of(data) if not is_hub_id(source.path) for file in find("data.path", source.path).eval]
+    return [
+        file
+        for source in sources_of(data)
+        if not is_hub_id(source.path)
+        for file in find("data.path", source.path).eval
+    ]
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -217,7 +228,9 @@ def _separated(file: Path) -> Iterator[Row]:
             for value in reader:
                 if None in value or None in value.values():
                     message = f"has {'more' if None in value else 'fewer'} cells than the first line has names"
-                    raise ConfigError([Problem(f"{file}:{reader.line_num}", message, "quote cells that hold the separator")])
+                    raise ConfigError(
+                        [Problem(f"{file}:{reader.line_num}", message, "quote cells that hold the separator")]
+                    )
                 yield Row(dict(value), str(file), reader.line_num)
         except csv.Error as error:
             raise ConfigError([Problem(f"{file}:{reader.line_num}", f"is not CSV: {error}", "mend the line")]) from None
@@ -225,7 +238,9 @@ def _separated(file: Path) -> Iterator[Row]:
 
 def _text(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig") as lines:
-        yield from (Row({"text": line.rstrip("\n")}, str(file), number) for number, line in enumerate(lines, 1) if line.strip())
+        yield from (
+            Row({"text": line.rstrip("\n")}, str(file), number) for number, line in enumerate(lines, 1) if line.strip()
+        )
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -240,7 +255,9 @@ def _parquet(file: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(value, str(file), number)
     except pa.ArrowInvalid as error:
-        raise ConfigError([Problem(str(file), f"is not Parquet: {str(error).splitlines()[0]}", "a Parquet file")]) from None
+        raise ConfigError(
+            [Problem(str(file), f"is not Parquet: {str(error).splitlines()[0]}", "a Parquet file")]
+        ) from None
 
 
 _READERS = {

@@ -1,4 +1,4 @@
-"""The work of a run, in its own processes: everything here may import torch, nothing outside imports it but a plugin's methods.
+"""The work of a run, in its own processes: all that may import torch, and is imported by plugins' methods only.
 
 ``python -m ftrun.worker outputs/.../run.yaml`` does by hand what the driver does.
 """

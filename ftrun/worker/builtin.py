@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +41,23 @@ def tokenizer() -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     core.train_from_iterator(_texts(), trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    pad, _, end = _SPECIAL
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=pad)
     made.chat_template = _CHATML
     return made
 
 
 def _texts() -> list[str]:
-    """Return every piece of text in the demo sets, as JSON so that no format has to be known."""
-    return [json.dumps(row.value) for file in _demo_files() for row in read.read(file)]
+    """Return every piece of text in the demo sets, whatever their format."""
+    return [text for file in _demo_files() for row in read.read(file) for text in _strings(row.value)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def _demo_files() -> list[Path]:

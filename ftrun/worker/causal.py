@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch.nn import functional
 from ftrun.data import Packing
 from ftrun.worker.encode import IGNORED
 from ftrun.worker.training import Run, RunTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, torch.Tensor]
 
@@ -62,7 +65,9 @@ class CausalTrainer(RunTrainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # have the labelled tokens of the whole step counted
 
-    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Return the summed loss of a batch over the labelled tokens of the whole step."""
         logits, targets = labelled_logits(model, self.model, inputs)
         total = functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -83,23 +88,32 @@ class CausalTrainer(RunTrainer):
                 logits, targets = labelled_logits(self.model, self.model, batch)
                 loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
                 right = (logits.argmax(-1) == targets).sum()
-                totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets)), device=loss.device).double()])
+                totals += torch.stack(
+                    [loss.double(), right.double(), torch.tensor(float(len(targets)), device=loss.device).double()]
+                )
         loss_sum, right_sum, count = self.accelerator.reduce(totals).tolist()
         loss = loss_sum / count
-        metrics = {"eval_loss": loss, "eval_token_accuracy": right_sum / count, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics = {
+            "eval_loss": loss,
+            "eval_token_accuracy": right_sum / count,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+        }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _eval_batches(self) -> Iterator[Batch]:
         """Yield this process's share of the evaluation rows, each row once over all processes."""
-        size, mine = self.args.per_device_eval_batch_size, self.run.rows.eval[self.args.process_index :: self.args.world_size]
+        size, mine = (
+            self.args.per_device_eval_batch_size,
+            self.run.rows.eval[self.args.process_index :: self.args.world_size],
+        )
         for start in range(0, len(mine), size):
             batch = pad(mine[start : start + size], int(self.run.tokenizer.pad_token_id or 0))
             yield {name: value.to(self.args.device) for name, value in batch.items()}
 
 
-def labelled_logits(model: nn.Module, plain: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled_logits(model: nn.Module, plain: PreTrainedModel, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits where there is a label, and the labels: the head is computed nowhere else.
 
     A prompt's tokens have no label, and the head is the largest matrix of a small model.
@@ -125,7 +139,7 @@ def labelled_logits(model: nn.Module, plain: nn.Module, inputs: Batch) -> tuple[
 def _head_only_at(head: nn.Module, where: torch.Tensor) -> Iterator[None]:
     """While inside, have the output head see only the hidden states at ``where`` (B, T), as one row of them."""
 
-    def select(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def select(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (arguments[0][where].unsqueeze(0),)
 
     handle = head.register_forward_pre_hook(select)

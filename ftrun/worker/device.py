@@ -25,7 +25,9 @@ def check(hardware: Hardware) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != hardware.num_processes:
         message = f"run.yaml says {hardware.num_processes} processes, and {world_size} were started"
-        problems.append(Problem("hardware.num_processes", message, f"start {hardware.num_processes}, as `ftrun` does by itself"))
+        problems.append(
+            Problem("hardware.num_processes", message, f"start {hardware.num_processes}, as `ftrun` does by itself")
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -40,6 +42,6 @@ def _available(name: str) -> bool:
 def peak_memory_bytes(device: Device) -> int:
     """Return the most memory this process has used: allocated on its accelerator, or resident on CPU."""
     module = getattr(torch, device.torch_name, None)
-    if device is not Device.cpu and hasattr(module, "max_memory_allocated"):
+    if device is not Device.cpu and module and hasattr(module, "max_memory_allocated"):
         return int(module.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -69,8 +69,16 @@ def conversations(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     rows = Rows([e for _, e in train], [e for _, e in held_out], content_key=digest.hexdigest())
     rows.eval_prompts = [_prompt(item) for item, _ in held_out if isinstance(item, Conversation)]
     if not rows.train:
-        raise ConfigError([Problem("data", f"no row is left to train on: {report.reasons()}", "other rows, or a larger data.max_length")])
-    rows.report = {"train": report.summary(rows.train)} | ({"eval": eval_report.summary(rows.eval)} if rows.eval else {})
+        raise ConfigError(
+            [
+                Problem(
+                    "data", f"no row is left to train on: {report.reasons()}", "other rows, or a larger data.max_length"
+                )
+            ]
+        )
+    rows.report = {"train": report.summary(rows.train)} | (
+        {"eval": eval_report.summary(rows.eval)} if rows.eval else {}
+    )
     if cfg.data.packing is Packing.best_fit:
         rows.train = pack(rows.train, cfg.data.max_length)
         rows.report["train"]["packed_into"] = len(rows.train)
@@ -144,7 +152,9 @@ class _Report:
         }
 
 
-def _encode_all(cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], digest: Any) -> tuple[list[Any], _Report]:
+def _encode_all(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], digest: Any
+) -> tuple[list[Any], _Report]:
     report, out = _Report(), []
     for row in rows:
         report.read += 1
@@ -152,7 +162,11 @@ def _encode_all(cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: Iterable[
         try:
             item = understand(row, cfg.stage.rows, cfg.data.format, cfg.data.reasoning)
             assert isinstance(item, Conversation | Text)
-            encoded = encode_text(item, tokenizer) if isinstance(item, Text) else encode_conversation(item, tokenizer, cfg.data)
+            encoded = (
+                encode_text(item, tokenizer)
+                if isinstance(item, Text)
+                else encode_conversation(item, tokenizer, cfg.data)
+            )
             report.truncated += len(encoded["input_ids"]) > cfg.data.max_length
             out.append((item, _cut(encoded, cfg.data.max_length, row)))
         except BadRow as bad:
@@ -217,7 +231,9 @@ def segments(item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data)
     return [(text, learned) for text, learned in pieces if text]
 
 
-def render(item: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool = False) -> str:
+def render(
+    item: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool = False
+) -> str:
     """Return the first ``count`` messages as the chat template writes them.
 
     Raises:
@@ -230,7 +246,11 @@ def render(item: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *
             item.messages[:count], tools=item.tools, tokenize=False, add_generation_prompt=generation_prompt
         )
     except Exception as error:  # a template can raise anything
-        raise BadRow(item.row, f"the chat template refuses it: {error}", "a conversation the model's template knows, or template=NAME") from None
+        raise BadRow(
+            item.row,
+            f"the chat template refuses it: {error}",
+            "a conversation the model's template knows, or template=NAME",
+        ) from None
     assert isinstance(text, str)
     return text
 
@@ -265,7 +285,11 @@ def _cut(encoded: Encoded, max_length: int, row: Row) -> Encoded:
     """
     cut: Encoded = {"input_ids": encoded["input_ids"][:max_length], "labels": encoded["labels"][:max_length]}
     if all(label == IGNORED for label in cut["labels"][1:]):  # the first token has nothing to be predicted from
-        what = f"the first {max_length} of {len(encoded['input_ids'])} tokens" if len(encoded["input_ids"]) > max_length else "the row"
+        what = (
+            f"the first {max_length} of {len(encoded['input_ids'])} tokens"
+            if len(encoded["input_ids"]) > max_length
+            else "the row"
+        )
         raise BadRow(row, f"{what} hold nothing to learn", "a larger data.max_length, or another data.train_on")
     return cut
 

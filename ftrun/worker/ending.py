@@ -22,7 +22,7 @@ def add_to_manifest(run: Run) -> None:
     record.write_whole(path, json.dumps(manifest, indent=2) + "\n")
 
 
-def finish(trainer: RunTrainer, run: Run, seconds: float) -> Result:
+def finish(trainer: RunTrainer, run: Run) -> Result:
     """Save the model and say how the run went. Called by the first process only."""
     events.send("phase", text="saving")
     lines = record.read_lines(run.folder / record.METRICS)
@@ -45,7 +45,11 @@ def last_values(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Return the last value of each metric."""
     found: dict[str, float] = {}
     for line in lines:
-        found |= {name: value for name, value in line.items() if name not in ("step", "epoch", "time", "tokens_per_second", "lr")}
+        found |= {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "epoch", "time", "tokens_per_second", "lr")
+        }
     return found
 
 
@@ -75,8 +79,9 @@ tags: [ftrun, {cfg.stage.name}]
 
 # {run.name}
 
-Made with ftrun {ftrun.__version__}: stage `{cfg.stage.name}`, adapter `{cfg.adapter.name}`, optimizer `{cfg.optimizer.name}`.
+Made with ftrun {ftrun.__version__}.
 
+- Stage `{cfg.stage.name}`, adapter `{cfg.adapter.name}`, optimizer `{cfg.optimizer.name}`
 - Started from: `{base}` ({cfg.model.source.value}, {cfg.model.revision or "no revision"})
 - Rows: `{data}`
 - Command: `{manifest["command"]}`

@@ -33,7 +33,7 @@ def tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
         # Only ever used where attention is masked and labels are ignored, by position and not by value.
         loaded.pad_token = loaded.eos_token or loaded.bos_token or loaded.unk_token
     if loaded.chat_template is None and cfg.stage.rows != "texts":
-        message = f"the tokenizer of {cfg.model.path} has no chat template, and stage={cfg.stage.name} trains on conversations"
+        message = f"the tokenizer of {cfg.model.path} has no chat template, and stage={cfg.stage.name} needs one"
         raise ConfigError([Problem("template", message, "template=chatml, or another (`ftrun list template`)")])
     return loaded
 
@@ -88,7 +88,9 @@ def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_hub_arguments(model))
     except (ValueError, ImportError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigError([Problem("model", f"{model.path} cannot be loaded: {first}", "a causal language model")]) from error
+        raise ConfigError(
+            [Problem("model", f"{model.path} cannot be loaded: {first}", "a causal language model")]
+        ) from error
 
 
 def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:

@@ -46,7 +46,12 @@ class Samples(TrainerCallback):
 
 
 def replies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[Message]], *, max_new_tokens: int, stop: list[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    *,
+    max_new_tokens: int,
+    stop: list[str],
 ) -> list[str]:
     """Reply greedily to several conversations at once.
 
@@ -56,17 +61,25 @@ def replies(
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     tokenizer.padding_side = side
-    ends = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in stop if word in tokenizer.get_vocab())]
-    was_training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    ends = [
+        tokenizer.eos_token_id,
+        *(tokenizer.convert_tokens_to_ids(word) for word in stop if word in tokenizer.get_vocab()),
+    ]
+    was_training = model.training
     model.eval()
-    if checkpointing:
-        model.gradient_checkpointing_disable()  # it refuses the cache that generating needs
     with torch.no_grad():
         out = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
     model.train(was_training)
-    return [text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]

@@ -37,7 +37,7 @@ def install() -> None:
         signal.signal(number, _handle)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, _: FrameType | None) -> None:
     global _requested
     again = _requested is not None
     _requested = _requested or _MEANING[signal.Signals(number)]

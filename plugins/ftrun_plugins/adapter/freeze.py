@@ -49,13 +49,16 @@ class Freeze(Adapter):
         """
         located = {name: _LAYER.search(f".{name}") for name, _ in model.named_parameters(remove_duplicate=False)}
         count = 1 + max(int(match[1]) for match in located.values() if match)
-        self._check_names({match[2] for match in located.values() if match}, {n for n, m in located.items() if not m}, count)
+        self._check_names(
+            {match[2] for match in located.values() if match}, {n for n, m in located.items() if not m}, count
+        )
         chosen = range(count)[-self.layers :] if self.layers > 0 else range(-self.layers)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if match := located[name]:
-                trains = int(match[1]) in chosen and (not self.modules or any(part in match[2] for part in self.modules))
+                trains = int(match[1]) in chosen and (
+                    not self.modules or any(part in match[2] for part in self.modules)
+                )
             else:
                 trains = any(part in name for part in self.extra)
             if trains:  # only ever switched on: a tied weight goes by two names
@@ -65,7 +68,9 @@ class Freeze(Adapter):
     def _check_names(self, inside: set[str], outside: set[str], count: int) -> None:
         problems = []
         if abs(self.layers) > count:
-            problems.append(Problem("adapter.layers", f"the model has {count} layers", f"adapter.layers={count} or fewer"))
+            problems.append(
+                Problem("adapter.layers", f"the model has {count} layers", f"adapter.layers={count} or fewer")
+            )
         for key, wanted, there in (("modules", self.modules, inside), ("extra", self.extra, outside)):
             parts = sorted({name.removesuffix(".weight").removesuffix(".bias") for name in there})
             for part in wanted:

@@ -16,6 +16,7 @@ from ftrun.plugin import Adapter, register
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
+    from transformers import PreTrainedModel
 
     from ftrun.config import Config
     from ftrun.worker.training import Run
@@ -87,11 +88,23 @@ class LoRA(Adapter):
         """Yield the combinations that peft computes wrongly or not at all."""
         if self.use_dora and self.init is not Init.default:
             why = "DoRA's magnitudes would be left out when the adapter is converted for saving"
-            yield Problem("adapter.init", f"{self.init} does not go with DoRA: {why}", "adapter.init=default, or adapter.use_dora=false")
+            yield Problem(
+                "adapter.init",
+                f"{self.init} does not go with DoRA: {why}",
+                "adapter.init=default, or adapter.use_dora=false",
+            )
         if self.init is Init.orthogonal and self.rank % 2:
-            yield Problem("adapter.rank", "the orthogonal start splits the rank in halves, so it must be even", f"adapter.rank={self.rank + 1}")
+            yield Problem(
+                "adapter.rank",
+                "the orthogonal start splits the rank in halves, so it must be even",
+                f"adapter.rank={self.rank + 1}",
+            )
         if self.init not in (Init.eva, Init.lora_ga) and self.init_batches != type(self).init_batches:
-            yield Problem("adapter.init_batches", f"adapter.init={self.init} does not look at data", "adapter.init=eva, or lora_ga")
+            yield Problem(
+                "adapter.init_batches",
+                f"adapter.init={self.init} does not look at data",
+                "adapter.init=eva, or lora_ga",
+            )
 
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
         """Freeze the weights and put an update beside each target layer.
@@ -116,7 +129,7 @@ class LoRA(Adapter):
             self._keep_start(adapted, run)
         return adapted
 
-    def save(self, model: nn.Module, folder: Path, run: Run) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, run: Run) -> None:
         """Write the adapter; one whose start was taken out of the base is converted to fit the base as it was."""
         start = _start_folder(run) if self.init.changes_base else None
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start) if start else None)
@@ -150,13 +163,23 @@ class LoRA(Adapter):
 
     def _check_names(self, model: nn.Module) -> None:
         modules = [name for name, _ in model.named_modules() if name]
-        last_names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
+        last_names = sorted(
+            {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
+        )
         problems = []
         for key in ("targets", "exclude", "modules_to_save"):
             for wanted in getattr(self, key):
-                if wanted != "all-linear" and not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+                if wanted != "all-linear" and not any(
+                    name == wanted or name.endswith(f".{wanted}") for name in modules
+                ):
                     near = did_you_mean(wanted, last_names)
-                    problems.append(Problem(f"adapter.{key}", f"the model has no module {wanted}{near}", f"names among {', '.join(last_names)}"))
+                    problems.append(
+                        Problem(
+                            f"adapter.{key}",
+                            f"the model has no module {wanted}{near}",
+                            f"names among {', '.join(last_names)}",
+                        )
+                    )
         if problems:
             raise ConfigError(problems)
 

@@ -37,6 +37,7 @@ class AdamW(Optimizer):
 
         from ftrun.worker.parameters import decay_groups
 
+        assert self.lr is not None
         groups = decay_groups(model, self.weight_decay)
         fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for group in groups for p in group["params"])
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused)

@@ -39,7 +39,11 @@ class SFT(Stage):
 
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Packed rows are kept apart by their positions, which not every kernel looks at."""
-        if cfg.data.packing is not Packing.none and cfg.model.attention is Attention.eager and cfg.model.trust_remote_code:
+        if (
+            cfg.data.packing is not Packing.none
+            and cfg.model.attention is Attention.eager
+            and cfg.model.trust_remote_code
+        ):
             why = "a model's own attention code may not keep packed rows apart"
             yield Problem("data.packing", why, "data.packing=none, or model.attention=sdpa")
 

@@ -57,5 +57,7 @@ class SwanLab(Tracker):
 
         if key := read(self.key_env):
             os.environ["SWANLAB_API_KEY"] = key
-        swanlab.init(project=self.project, experiment_name=run.name, mode=self.mode.value, logdir=str(run.folder / "swanlab"))
+        swanlab.init(
+            project=self.project, experiment_name=run.name, mode=self.mode.value, logdir=str(run.folder / "swanlab")
+        )
         return [SwanLabCallback()]
