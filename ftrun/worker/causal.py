@@ -127,12 +127,18 @@ def labelled_logits(model: nn.Module, plain: PreTrainedModel, inputs: Batch) -> 
         Logits of shape (N, V) and labels of shape (N,), for the N positions whose next token is labelled.
     """
     labels = inputs["labels"]
-    where = torch.zeros_like(labels, dtype=torch.bool)
-    where[:, :-1] = labels[:, 1:] != IGNORED
+    where = labelled_positions(labels)
     features = {name: value for name, value in inputs.items() if name != "labels"}
     with _head_only_at(plain.get_output_embeddings(), where):
         output = model(**features, use_cache=False)
     return output.logits[0], labels[:, 1:][where[:, :-1]]
+
+
+def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return where the next token is labelled, of shape (B, T)."""
+    where = torch.zeros_like(labels, dtype=torch.bool)
+    where[:, :-1] = labels[:, 1:] != IGNORED
+    return where
 
 
 @contextlib.contextmanager

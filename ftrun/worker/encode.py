@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ftrun import events
 from ftrun.config import Config
 from ftrun.data import Data, OnBadRow, Packing, TrainOn, read
-from ftrun.data.formats import Conversation, Message, Text, understand
+from ftrun.data.formats import Conversation, Message, Pair, Text, understand
 from ftrun.data.read import BadRow, Row
 from ftrun.errors import ConfigError, Problem
 
@@ -55,8 +55,10 @@ class Rows:
     """Hash of everything that the tokens depend on."""
 
 
-def conversations(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read, render and tokenise the conversations (or texts) of a run.
+def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Read, render and tokenise the rows of a run, of whatever kind its stage trains on.
+
+    A row of conversations or texts becomes one `Encoded`, a pair becomes ``{"chosen": Encoded, "rejected": Encoded}``.
 
     Raises:
         ConfigError: A row cannot be trained on and ``data.on_bad_row=error``, or no row is left.
@@ -66,24 +68,16 @@ def conversations(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     digest = hashlib.sha256(repr((cfg.data, tokenizer.chat_template, tokenizer.vocab_size)).encode())
     train, report = _encode_all(cfg, tokenizer, train_rows, digest)
     held_out, eval_report = _encode_all(cfg, tokenizer, eval_rows, digest)
-    rows = Rows([e for _, e in train], [e for _, e in held_out], content_key=digest.hexdigest())
+    if not train:
+        message = f"no row is left to train on: {report.reasons()}"
+        raise ConfigError([Problem("data", message, "other rows, or a larger data.max_length")])
+    rows = Rows([row for _, row in train], [row for _, row in held_out], content_key=digest.hexdigest())
     rows.eval_prompts = [_prompt(item) for item, _ in held_out if isinstance(item, Conversation)]
-    if not rows.train:
-        raise ConfigError(
-            [
-                Problem(
-                    "data", f"no row is left to train on: {report.reasons()}", "other rows, or a larger data.max_length"
-                )
-            ]
-        )
-    rows.report = {"train": report.summary(rows.train)} | (
-        {"eval": eval_report.summary(rows.eval)} if rows.eval else {}
-    )
+    rows.report = {"train": report.summary(), **({"eval": eval_report.summary()} if held_out else {})}
     if cfg.data.packing is Packing.best_fit:
         rows.train = pack(rows.train, cfg.data.max_length)
-        rows.report["train"]["packed_into"] = len(rows.train)
-        tokens = sum(len(sequence["input_ids"]) for sequence in rows.train)
-        rows.report["train"]["packing_efficiency"] = round(tokens / (len(rows.train) * cfg.data.max_length), 4)
+        efficiency = report.tokens / (len(rows.train) * cfg.data.max_length)
+        rows.report["train"] |= {"packed_into": len(rows.train), "packing_efficiency": round(efficiency, 4)}
     return rows
 
 
@@ -131,49 +125,73 @@ class _Report:
     """What became of the rows."""
 
     read: int = 0
+    rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    tokens: int = 0
+    learned: int = 0
 
     def reasons(self) -> str:
         """Return the reasons for which rows were skipped, most frequent first."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common()) or "none was read"
 
-    def summary(self, encoded: list[Encoded]) -> dict[str, Any]:
+    def take(self, sequences: list[Encoded], *, truncated: bool) -> None:
+        """Count a row that is trained on."""
+        self.rows += 1
+        self.truncated += truncated
+        self.tokens += sum(len(sequence["input_ids"]) for sequence in sequences)
+        self.learned += sum(label != IGNORED for sequence in sequences for label in sequence["labels"])
+
+    def summary(self) -> dict[str, Any]:
         """Return the counts, for the log and the manifest."""
-        tokens = sum(len(row["input_ids"]) for row in encoded)
-        learned = sum(label != IGNORED for row in encoded for label in row["labels"])
         return {
             "rows_read": self.read,
-            "rows": len(encoded),
+            "rows": self.rows,
             "skipped": dict(self.skipped),
             "truncated": self.truncated,
-            "tokens": tokens,
-            "tokens_learned": learned,
+            "tokens": self.tokens,
+            "tokens_learned": self.learned,
         }
 
 
 def _encode_all(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], digest: Any
-) -> tuple[list[Any], _Report]:
+) -> tuple[list[tuple[Conversation | Pair | Text, Any]], _Report]:
+    """Encode rows; return each with what it was read as."""
     report, out = _Report(), []
+    longest = cfg.data.max_length
     for row in rows:
         report.read += 1
         digest.update(repr(row.value).encode())
         try:
             item = understand(row, cfg.stage.rows, cfg.data.format, cfg.data.reasoning)
-            assert isinstance(item, Conversation | Text)
-            encoded = (
-                encode_text(item, tokenizer)
-                if isinstance(item, Text)
-                else encode_conversation(item, tokenizer, cfg.data)
-            )
-            report.truncated += len(encoded["input_ids"]) > cfg.data.max_length
-            out.append((item, _cut(encoded, cfg.data.max_length, row)))
+            whole = encode(item, tokenizer, cfg.data)
+            sequences = [_cut(sequence, longest, row) for sequence in whole]
         except BadRow as bad:
             if cfg.data.on_bad_row is OnBadRow.error:
                 raise ConfigError([bad.problem]) from None
             report.skipped[bad.reason] += 1
+            continue
+        report.take(sequences, truncated=any(len(sequence["input_ids"]) > longest for sequence in whole))
+        pair = len(sequences) == 2
+        out.append((item, dict(zip(("chosen", "rejected"), sequences, strict=True)) if pair else sequences[0]))
     return out, report
+
+
+def encode(item: Conversation | Pair | Text, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Encoded]:
+    """Return the sequence of a row, or the two of a pair, uncut.
+
+    Raises:
+        BadRow: The template refuses the row, or renders it in a way that cannot be masked.
+    """
+    if isinstance(item, Text):
+        return [encode_text(item, tokenizer)]
+    if isinstance(item, Conversation):
+        return [encode_conversation(item, tokenizer, data)]
+    return [
+        encode_conversation(Conversation(item.prompt + reply, item.row), tokenizer, data, first=len(item.prompt))
+        for reply in (item.chosen, item.rejected)
+    ]
 
 
 def encode_text(item: Text, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -184,25 +202,35 @@ def encode_text(item: Text, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return {"input_ids": ids, "labels": list(ids)}
 
 
-def encode_conversation(item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data) -> Encoded:
+def encode_conversation(
+    item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data, *, first: int = 0
+) -> Encoded:
     """Render a conversation with the chat template and tokenise it, piece by piece.
 
     The pieces are tokenised apart, so that no token spans the border between a prompt and a reply: at inference the
     prompt ends there.
+
+    Args:
+        item: The messages.
+        tokenizer: Has the chat template.
+        data: Says what is learned.
+        first: The first message that may be learned.
 
     Raises:
         BadRow: The template refuses the row, or renders it in a way that cannot be masked.
     """
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, learned in segments(item, tokenizer, data):
+    for text, learned in segments(item, tokenizer, data, first):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         input_ids += ids
         labels += ids if learned else [IGNORED] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def segments(item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[tuple[str, bool]]:
+def segments(
+    item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data, first: int = 0
+) -> list[tuple[str, bool]]:
     """Cut the rendered text of a conversation into pieces that are learned and pieces that are not.
 
     The conversation is rendered message by message, and each rendering must begin with the one before. A reply's piece
@@ -216,7 +244,7 @@ def segments(item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data)
     done = ""
     last_reply = max((i for i, message in enumerate(item.messages) if message["role"] == "assistant"), default=-1)
     for index, message in enumerate(item.messages):
-        learned = _is_learned(message, index == last_reply, data)
+        learned = index >= first and _is_learned(message, index == last_reply, data)
         if message["role"] == "assistant":
             prompt = render(item, index, tokenizer, generation_prompt=True)
             pieces.append((_extension(item.row, done, prompt), data.train_on is TrainOn.all))

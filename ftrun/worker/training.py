@@ -58,12 +58,12 @@ class Run:
         return math.ceil(train.epochs * max(1, math.ceil(batches / train.grad_accumulation)))
 
     def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """Return the first ``count`` batches of the training rows, in file order, on the CPU."""
+        """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen ones."""
         from ftrun.worker.causal import collator
 
         collate, size = collator(self), self.cfg.train.micro_batch_size
-        starts = range(0, min(count * size, len(self.rows.train)), size)
-        return [collate(self.rows.train[start : start + size]) for start in starts]
+        sequences = [row.get("chosen", row) for row in self.rows.train[: count * size]]
+        return [collate(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
 
 class EpochSampler(Sampler[int]):
@@ -146,6 +146,10 @@ class RunTrainer(Trainer):
 
     _tokens_logged = 0
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._sums: dict[str, list[float]] = {}
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that the config chooses."""
         if self.optimizer is None:
@@ -170,7 +174,7 @@ class RunTrainer(Trainer):
             return
         values = {"lr" if name == "learning_rate" else name: value for name, value in logs.items() if name != "epoch"}
         if "loss" in values:
-            values |= self._speed()
+            values |= self._counted() | self._speed()
         if not all(math.isfinite(value) for name, value in values.items() if name in ("loss", "grad_norm")):
             raise RunFailed(
                 f"the loss is {values['loss']} at step {self.state.global_step} (grad_norm {values.get('grad_norm')})"
@@ -186,6 +190,30 @@ class RunTrainer(Trainer):
             record.append_line(self.run.folder / record.METRICS, line)
             print(json.dumps(line), flush=True)  # noqa: T201 (log.txt)
             events.send("log", **line)
+
+    def count(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Take a batch's metrics, one value an example, into the means of the next line."""
+        for name, values in metrics.items():
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(values.sum())
+            total[1] += len(values)
+
+    def _counted(self) -> dict[str, float]:
+        """Return the means over all processes since the last line."""
+        sums, self._sums = self._sums, {}
+        return self._reduced(sums)
+
+    def means(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Return the means over all examples of all processes."""
+        return self._reduced({name: [float(values.double().sum()), len(values)] for name, values in metrics.items()})
+
+    def _reduced(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        if not sums:
+            return {}
+        totals = self.accelerator.reduce(
+            torch.tensor(list(sums.values()), device=self.args.device, dtype=torch.float64)
+        )
+        return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True)}
 
     def _speed(self) -> dict[str, float]:
         """Return the tokens of all processes so far, and per second of training since the last line."""
@@ -203,6 +231,7 @@ class RunTrainer(Trainer):
             "tokens": self.tokens,
             "tokens_logged": self._tokens_logged,
             "loss_logged": self._total_loss_scalar,
+            "sums": self._sums,
             "loss_since_log": self._tr_loss.item(),
             "step_of_log": self._globalstep_last_logged,
         }
@@ -225,7 +254,7 @@ class RunTrainer(Trainer):
         """Take up the counts and the unlogged loss where the checkpoint left them."""
         state = json.loads((checkpoint / f"{_STATE}.{self.args.process_index}").read_text())
         self.tokens, self._tokens_logged = state["tokens"], state["tokens_logged"]
-        self._total_loss_scalar = state["loss_logged"]
+        self._total_loss_scalar, self._sums = state["loss_logged"], state["sums"]
         self._tr_loss.fill_(state["loss_since_log"])
         self._globalstep_last_logged = state["step_of_log"]
 

@@ -53,7 +53,7 @@ class SFT(Stage):
         from ftrun.worker.causal import CausalTrainer
 
         tokenizer = loading.tokenizer(cfg)
-        rows = encode.conversations(cfg, tokenizer)
+        rows = encode.load(cfg, tokenizer)
         model = loading.model(cfg, tokenizer)
         run = training.Run(cfg, rows, tokenizer)
         model = cfg.adapter.apply(model, run)

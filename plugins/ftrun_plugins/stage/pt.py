@@ -1,0 +1,39 @@
+"""Continued pre-training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ftrun.plugin import Stage, register
+
+if TYPE_CHECKING:
+    from ftrun.config import Config
+    from ftrun.record import Result
+
+
+@register
+@dataclass(kw_only=True)
+class Pretrain(Stage):
+    """Train on plain text, every token of it."""
+
+    default_data: ClassVar[str] = "demo:text"
+    rows: ClassVar[str] = "texts"
+    reads: ClassVar[tuple[str, ...]] = (
+        "model.*", "train.*", "data.path", "data.rows", "data.sources", "data.format", "data.max_length",
+        "data.packing", "data.eval_*", "data.on_bad_row",
+    )  # fmt: skip
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss", "eval_perplexity", "eval_token_accuracy")
+    name: str = "pt"
+
+    def run(self, cfg: Config) -> Result:
+        """Load, encode, train, and say how it went."""
+        from ftrun.worker import encode, loading, training
+        from ftrun.worker.causal import CausalTrainer
+
+        tokenizer = loading.tokenizer(cfg)
+        rows = encode.load(cfg, tokenizer)
+        model = loading.model(cfg, tokenizer)
+        run = training.Run(cfg, rows, tokenizer)
+        model = cfg.adapter.apply(model, run)
+        return training.fit(training.build(CausalTrainer, model, run))
