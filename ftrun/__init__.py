@@ -25,6 +25,6 @@ def run(overrides: Sequence[str] = ()) -> Result:
         ConfigError: The input is wrong; ``problems`` lists everything that is.
         RunFailed: The run started and failed.
     """
-    from ftrun import config, launch
+    from ftrun import launch
 
-    return launch.run(config.compose(overrides), overrides)
+    return launch.run(overrides)

@@ -52,11 +52,10 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from ftrun import config, launch, summary
+    from ftrun import launch, summary
 
     _refuse_options(words)
-    result = launch.run(config.compose(words), words)
-    return summary.conclude(result)
+    return summary.conclude(launch.run(words))
 
 
 def _resume(words: list[str]) -> int:
@@ -76,11 +75,11 @@ def _show(words: list[str]) -> int:
 
 
 def _check(words: list[str]) -> int:
-    from ftrun import config, launch
+    from ftrun import launch
     from ftrun.display import console
 
     _refuse_options(words)
-    launch.check(config.compose(words))
+    launch.check(words)
     console.print("[green]no problems[/]")
     return 0
 

@@ -123,30 +123,33 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: With everything that is wrong.
     """
+    cfg, problems = examine(overrides)
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
+
+
+def examine(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
+    """Turn what was typed into a config as far as it goes, and find everything wrong with it.
+
+    Returns:
+        The config, or None if the words give none; it can be looked at further, but not run if there are problems.
+    """
     from ftrun import compose as hydra_side
 
-    return resolve(hydra_side.compose_tree(overrides))
-
-
-def resolve(node: DictConfig) -> Config:
-    """Turn a composed tree into objects, fill in what follows from the rest, and check it.
-
-    Raises:
-        ConfigError: With everything that is wrong.
-    """
+    node, problems = hydra_side.compose_tree(overrides)
+    if node is None:
+        return None, problems
     cfg = cast(Config, OmegaConf.to_object(node))
-    problems = list(model.pick_size(cfg.model))
+    problems += [*model.pick_size(cfg.model), *fields.out_of_range(cfg)]
     if cfg.data.path is None and not cfg.data.sources:
         cfg.data.path = cfg.stage.default_data or None
-    problems += fields.out_of_range(cfg)
     if cfg.optimizer.lr is None:
         cfg.optimizer.lr = cfg.stage.default_lr * cfg.adapter.lr_scale * cfg.optimizer.lr_scale
     problems += [*_missing_packages(cfg), *_contradictions(cfg), *_unread(cfg)]
     for option in cfg.chosen:
         problems += option.check(cfg)
-    if problems:
-        raise ConfigError(problems)
-    return cfg
+    return cfg, problems
 
 
 def _missing_packages(cfg: Config) -> Iterator[Problem]:
@@ -171,7 +174,7 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     if data.path is None and not data.sources:
         yield Problem("data.path", "has no value", "data.path=FILE")
     if data.path is not None and data.sources:
-        yield Problem("data.path", "and data.sources both say where rows come from", "one of them")
+        yield Problem("data.sources", "data.path says already where rows come from", "one of them")
     if data.train_on is TrainOn.roles and not data.train_roles:
         yield Problem("data.train_roles", "data.train_on=roles needs it", "data.train_roles=[assistant]")
     if data.train_roles and data.train_on is not TrainOn.roles:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import ftrun
-from ftrun import environment, events, forkserver, hardware, model, record
+from ftrun import config, environment, events, forkserver, hardware, model, record
 from ftrun.config import Config
 from ftrun.data.check import check as check_rows
 from ftrun.display import Display
@@ -30,25 +30,28 @@ from ftrun.hardware import Device, Hardware
 from ftrun.record import Result, Status
 
 
-def run(cfg: Config, overrides: Sequence[str]) -> Result:
-    """Do a run from a checked config to its result.
+def run(overrides: Sequence[str]) -> Result:
+    """Do a run from what was typed to its result.
 
     Raises:
-        ConfigError: The input is wrong in a way that only the disk, the hub or the rows show.
+        ConfigError: The input is wrong; with everything that is.
         RunFailed: The run failed.
     """
-    check(cfg)
-    return start(freeze(cfg, overrides))
+    return start(freeze(check(overrides), overrides))
 
 
-def check(cfg: Config) -> None:
-    """Look at what a config names on this machine's disk: the model, the first rows, the run's folder.
+def check(overrides: Sequence[str]) -> Config:
+    """Compose a config, and look at what it names on this machine's disk: model, first rows, the run's folder.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
-    if problems := [*model.check(cfg.model), *check_rows(cfg), *_occupied(cfg)]:
+    cfg, problems = config.examine(overrides)
+    if cfg is not None:
+        problems += [*model.check(cfg.model), *check_rows(cfg), *_occupied(cfg)]
+    if problems or cfg is None:
         raise ConfigError(problems)
+    return cfg
 
 
 def resume(folder: Path) -> Result:

@@ -130,6 +130,8 @@ def cache_folder() -> Path:
 def pick_size(model: Model) -> Iterator[Problem]:
     """Fill ``path`` from ``size``, or yield what is wrong with it."""
     if model.path is not None:
+        if model.size is not None and not model.sizes:
+            yield Problem("model.size", f"{model.path} comes in one size", "leave model.size out")
         return
     if model.size is None:
         yield Problem(

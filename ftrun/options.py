@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ftrun import fields, plugin
-
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
 
 _here = Path(__file__).resolve().parent
 
@@ -88,12 +83,3 @@ def summary(group: str, name: str) -> str:
 
 def _is_registered(node: ast.ClassDef) -> bool:
     return any("register" in ast.unparse(decorator) for decorator in node.decorator_list)
-
-
-def keys_of(group: str, chosen: Sequence[Override]) -> list[str]:
-    """Return the keys of the option of a plugin group that was chosen, as far as it can be told."""
-    name: Any = next((override.value() for override in chosen if override.key_or_group == group), None)
-    try:
-        return list(plugin.get(group, name).__dataclass_fields__) if isinstance(name, str) else []
-    except (LookupError, plugin.PluginError):
-        return []

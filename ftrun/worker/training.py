@@ -58,7 +58,7 @@ class Run:
         return math.ceil(train.epochs * max(1, math.ceil(batches / train.grad_accumulation)))
 
     def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen ones."""
+        """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen."""
         from ftrun.worker.causal import collator
 
         collate, size = collator(self), self.cfg.train.micro_batch_size
