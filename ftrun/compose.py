@@ -96,10 +96,11 @@ def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig | None, list[Prob
     """Compose the tree that the words ask for, as far as they can be understood.
 
     Returns:
-        The tree that the good words give, or None if there is none that could be looked at further; and everything wrong
-        with the words, the options they choose and the keys they set.
+        The tree that the good words give, or None if there is none that could be looked at further; and everything
+        wrong with the words, the options they choose and the keys they set.
     """
     chosen, values, problems = words.read(overrides)
+    node: DictConfig | None
     try:
         node = _compose([*chosen, *values])
     except plugin.PluginError as error:

@@ -53,10 +53,8 @@ class Forked:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._connection, selectors.EVENT_READ)
                 if selector.select(timeout=0):
-                    line = self._stream.readline()
-                    self._code = (
-                        json.loads(line)["code"] if line else -signal.SIGKILL
-                    )  # the server is gone, and it with it
+                    line = self._stream.readline()  # empty if the server is gone, and its children with it
+                    self._code = json.loads(line)["code"] if line else -signal.SIGKILL
         return self._code
 
 
@@ -112,9 +110,9 @@ class _Server:
         os.chmod(temporary, 0o600)
         self._listener.listen(128)
         os.rename(temporary, address)  # there from now on: it can take requests
-        self._wake, wakes = socket.socketpair()
-        wakes.setblocking(False)
-        signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        self._wake, self._wakes = socket.socketpair()  # both kept: a closed one's number would be given to another
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -137,7 +135,7 @@ class _Server:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            for inherited in (self._listener, connection, *self._children.values()):
+            for inherited in (self._listener, self._wake, self._wakes, connection, *self._children.values()):
                 inherited.close()
             _child(request, log, fresh=_import_settings(request["env"]) != self._settings)
         os.close(log)

@@ -1,0 +1,156 @@
+"""What the tests share: the command as a user types it, with workers forked from one server that imported torch once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftrun import forkserver, record
+from ftrun.record import Result
+
+SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+
+os.environ.update(SETTINGS)
+os.environ.pop("FTRUN_FORK_SERVER", None)
+
+
+@dataclasses.dataclass
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def result(self) -> Result:
+        return Result.load(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return record.read_lines(self.folder / record.METRICS)
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics if "loss" in line]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.folder / record.MANIFEST).read_text())
+
+    def sees(self, code: int = 0) -> Done:
+        """Fail with all that was printed unless the exit code is the wanted one."""
+        log = self.folder / record.LOG
+        assert self.code == code, f"{self.out}\n{self.err}\n{log.read_text()[-4000:] if log.exists() else ''}"
+        return self
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A fork server: every worker of the session is forked from it."""
+    address = str(tmp_path_factory.mktemp("server") / "socket")
+    process = forkserver.start(address)
+    yield address
+    process.terminate()
+    process.wait()
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Start ``ftrun WORDS`` with a worker of its own, and do not wait."""
+
+    def start_it(*words: str, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ftrun", *words],
+            cwd=tmp_path,
+            env=os.environ | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start_it
+
+
+@pytest.fixture
+def forked(start: Start, server: str) -> Start:
+    """Start ``ftrun WORDS`` with a forked worker, and do not wait."""
+    return lambda *words, **env: start(*words, **{forkserver.VARIABLE: server} | env)
+
+
+Ftrun = Callable[..., Done]
+
+
+@pytest.fixture
+def ftrun(forked: Start, tmp_path: Path) -> Ftrun:
+    """Run ``ftrun WORDS`` to its end, in a run folder that is known."""
+    count = 0
+
+    def run(*words: str, **env: str) -> Done:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run{count}"
+        given = [word for word in words if word.startswith("output_dir=")]
+        if given:
+            folder = tmp_path / given[0].partition("=")[2]
+        elif words[:1] == ("resume",):
+            folder = tmp_path / words[1]
+        elif not words or "=" in words[0]:
+            words = (*words, f"output_dir={folder}")
+        process = forked(*words, **env)
+        out, err = process.communicate(timeout=600)
+        return Done(process.returncode, out, err, folder)
+
+    return run
+
+
+@pytest.fixture
+def driver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ftrun:
+    """Do ``ftrun WORDS`` in this process, for commands that start no worker."""
+    from ftrun import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def do(*words: str) -> Done:
+        capsys.readouterr()
+        code = cli.main(list(words))
+        out, err = capsys.readouterr()
+        return Done(code, out, err, tmp_path)
+
+    return do
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, Any], Path]:
+    """Write a file: text, bytes, or rows as JSON lines."""
+
+    def write_it(name: str, content: str | bytes | Sequence[Any]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        return path
+
+    return write_it

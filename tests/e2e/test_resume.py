@@ -1,0 +1,132 @@
+"""A run that was stopped and resumed equals the one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ftrun import record
+
+# Dropout, so that the state of the random generator counts; accumulation and a log interval that saves fall between;
+# an epoch of 6 steps, so that the resumed steps lie in the second and third.
+RUN = (
+    "model=tiny", "data.rows=24", "train.micro_batch_size=2", "train.grad_accumulation=2", "train.max_steps=16",
+    "train.log_every=3", "train.eval_every=5", "train.neftune=5", "optimizer.weight_decay=0.1", "optimizer.lr=1e-2",
+)  # fmt: skip
+
+
+def comparable(folder: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
+        for line in record.read_lines(folder / record.METRICS)
+    ]
+
+
+def weights(folder: Path) -> bytes:
+    (file,) = (folder / "model").glob("*.safetensors")
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "adapter", [("adapter=lora", "adapter.dropout=0.2"), ("adapter=full",), ("adapter.init=pissa",)]
+)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_resumed_from_any_checkpoint_equals_uninterrupted(ftrun, stage, adapter):
+    whole = ftrun(f"stage={stage}", *RUN, *adapter, "train.save_every=2", "train.keep_checkpoints=99").sees(0)
+    for step in (4, 6, 14):  # within an epoch, at its end, near the end of the run
+        copy = whole.folder.with_name(f"from{step}")
+        shutil.copytree(whole.folder, copy)
+        _make_it_look_killed(copy, step)
+        ftrun("resume", copy.name).sees(0)
+        assert comparable(copy) == comparable(whole.folder), step
+        assert weights(copy) == weights(whole.folder), step
+
+
+def _make_it_look_killed(folder: Path, step: int) -> None:
+    """Leave a run as a kill after ``step`` would have: later checkpoints gone, one half written, a torn line."""
+    for checkpoint in record.checkpoints(folder):
+        if record.step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    (folder / "checkpoints" / "checkpoint-99").mkdir()
+    shutil.rmtree(folder / "model")
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 17, "lo')
+    result = json.loads((folder / "result.json").read_text())
+    gone = {"host": os.uname().nodename, "pid": 2**22 + 1, "started": 1.0}
+    (folder / "result.json").write_text(json.dumps(result | {"status": "running", "holder": gone}))
+
+
+def _wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in record.read_lines(folder / "metrics.jsonl")):
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.02)
+
+
+LONG = (
+    "model=tiny", "adapter=full", "train.max_steps=150", "train.log_every=1", "train.micro_batch_size=16",
+    "train.save_every=40", "stage.num_samples=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "preempted", 75), (signal.SIGUSR1, "preempted", 75)],
+)
+def test_a_signal_saves_and_the_rest_follows(forked, ftrun, tmp_path, number, status, code):
+    whole = ftrun(*LONG).sees(0)
+    process = forked(*LONG, "output_dir=stopped")
+    _wait_for_step(tmp_path / "stopped", 5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert "ftrun resume stopped" in out
+    result = record.Result.load(tmp_path / "stopped")
+    assert result.status == status
+    assert result.checkpoint == f"checkpoints/step-{comparable(tmp_path / 'stopped')[-1]['step']}"
+    ftrun("resume", "stopped").sees(0)
+    assert comparable(tmp_path / "stopped") == comparable(whole.folder)
+    assert weights(tmp_path / "stopped") == weights(whole.folder)
+
+
+def test_killed_without_warning_goes_on_from_the_last_checkpoint(forked, ftrun, tmp_path):
+    whole = ftrun(*LONG).sees(0)
+    process = forked(*LONG, "output_dir=killed")
+    _wait_for_step(tmp_path / "killed", 45)
+    holder = record.Result.load(tmp_path / "killed").holder
+    refused = ftrun("resume", "killed").sees(2)
+    assert "is running" in refused.err
+    os.kill(holder.pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "killed with signal 9" in err
+    ftrun("resume", "killed").sees(0)
+    assert comparable(tmp_path / "killed") == comparable(whole.folder)
+    assert weights(tmp_path / "killed") == weights(whole.folder)
+
+
+def test_a_dead_driver_reads_as_interrupted_when_its_worker_is_gone_too(forked, ftrun, tmp_path):
+    process = forked(*LONG, "output_dir=dead")
+    _wait_for_step(tmp_path / "dead", 3)
+    holder = record.Result.load(tmp_path / "dead").holder
+    process.kill()
+    process.wait()
+    assert record.Result.load(tmp_path / "dead").status == "running"  # the worker goes on by itself
+    os.kill(holder.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while record.Result.load(tmp_path / "dead").status == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert record.Result.load(tmp_path / "dead").status == "interrupted"
+
+
+def test_what_is_done_or_not_there_cannot_be_resumed(ftrun):
+    ftrun("model=tiny", "train.max_steps=1", "output_dir=done").sees(0)
+    assert "completed" in ftrun("resume", "done").sees(2).err
+    assert "holds no run" in ftrun("resume", "nowhere").sees(2).err
