@@ -48,10 +48,10 @@ _sender: socket.socket | None = None
 
 
 def send(kind: str, **values: Any) -> None:
-    """Tell the driver something, if there is one."""
+    """Tell the driver something, if there is one. Of several processes, the first speaks for all."""
     global _sender
     address = os.environ.get(VARIABLE)
-    if not address:
+    if not address or (kind != "process" and os.environ.get("RANK", "0") != "0"):
         return
     if _sender is None:
         _sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

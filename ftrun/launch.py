@@ -220,7 +220,9 @@ def start(folder: Path) -> Result:
     try:
         with Display(folder) as display, _Signals(display) as signals:
             process = _start(cfg, run_file, receiver.address)
-            signals.pids.add(process.pid) if cfg.hardware.num_processes == 1 else None
+            signals.session = process.pid
+            if cfg.hardware.num_processes == 1:
+                signals.add(process.pid)
             while (code := process.poll()) is None:
                 for event in receiver.receive(timeout=0.1):
                     if event["kind"] == "process":
@@ -259,14 +261,18 @@ class _Signals:
     def __init__(self, display: Display) -> None:
         self.display = display
         self.pids: set[int] = set()
+        self.session = 0
+        """The process group of everything that was started."""
+
         self.interrupted = False
         self._told: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants of SIGHUP
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -281,11 +287,14 @@ class _Signals:
                 self._send(pid, self._told)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self._told = self._told is not None, number
+        again, self._told = self._told is not None, signal.SIGTERM if number == signal.SIGHUP else number
         self.interrupted = self.interrupted or number == signal.SIGINT
         self.display.stopping(number == signal.SIGINT, again)
+        if again and number == signal.SIGINT and self.session:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.session, signal.SIGKILL)
         for pid in self.pids:
-            self._send(pid, number)
+            self._send(pid, self._told)
 
     @staticmethod
     def _send(pid: int, number: int) -> None:

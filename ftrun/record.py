@@ -190,6 +190,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def cut_back(folder: Path, step: int) -> None:
     """Drop what was logged after ``step``: the steps from there are about to be done again."""
     for name in (METRICS, SAMPLES):
+        if not (folder / name).exists():
+            continue
         kept = [line for line in read_lines(folder / name) if line["step"] <= step]
         write_whole(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 

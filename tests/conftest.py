@@ -1,4 +1,4 @@
-"""What the tests share: the command as a user types it, with workers forked from one server that imported torch once."""
+"""What the tests share: the command as a user types it, its workers forked from one server that imported torch once."""
 
 from __future__ import annotations
 

@@ -30,27 +30,39 @@ def main(run_file: Path) -> int:
     stop.install()
     events.send("process", rank=rank, pid=os.getpid())
     begun = time.monotonic()
-    result = Result()
     try:
         with _held(folder) if rank == 0 else contextlib.nullcontext():
-            result = _work(run_file, folder)
-            result.status = Status.completed
-    except stop.Stopped as stopped:
-        result.status = stopped.status
-    except BaseException as error:
-        traceback.print_exc()
-        result.status = Status.failed
-        result.reason = _reason(error)
-        if isinstance(error, ConfigError):
-            result.problems = [dataclasses.asdict(problem) for problem in error.problems]
+            result = _attempt(run_file, folder)
+        result.wall_seconds = round(time.monotonic() - begun, 3)
+        # Of several processes the first speaks for all, but one that failed speaks first: the others are ended for it.
+        if (rank == 0 or result.status is Status.failed) and not _another_failed(folder):
+            last = record.latest_checkpoint(folder)
+            result.checkpoint = str(last.relative_to(folder)) if last else None
+            result.save(folder)
     finally:
         _leave_process_group()
-    if rank == 0:
-        last = record.latest_checkpoint(folder)
-        result.checkpoint = str(last.relative_to(folder)) if last else None
-        result.wall_seconds = round(time.monotonic() - begun, 3)
-        result.save(folder)
     return int(result.status is Status.failed)
+
+
+def _attempt(run_file: Path, folder: Path) -> Result:
+    """Do the work, and say how it ended whatever happens."""
+    try:
+        result = _work(run_file, folder)
+    except stop.Stopped as stopped:
+        return Result(status=stopped.status)
+    except BaseException as error:
+        traceback.print_exc()
+        problems = error.problems if isinstance(error, ConfigError) else ()
+        return Result(
+            status=Status.failed, reason=_reason(error), problems=[dataclasses.asdict(problem) for problem in problems]
+        )
+    result.status = Status.completed
+    return result
+
+
+def _another_failed(folder: Path) -> bool:
+    """Tell whether another process of the run has said that it failed; the launcher then ends this one."""
+    return Result.load(folder).status is Status.failed
 
 
 def _work(run_file: Path, folder: Path) -> Result:

@@ -103,7 +103,7 @@ def test_killed_without_warning_goes_on_from_the_last_checkpoint(forked, ftrun, 
     refused = ftrun("resume", "killed").sees(2)
     assert "is running" in refused.err
     os.kill(holder.pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "killed with signal 9" in err
     ftrun("resume", "killed").sees(0)
@@ -130,3 +130,16 @@ def test_what_is_done_or_not_there_cannot_be_resumed(ftrun):
     ftrun("model=tiny", "train.max_steps=1", "output_dir=done").sees(0)
     assert "completed" in ftrun("resume", "done").sees(2).err
     assert "holds no run" in ftrun("resume", "nowhere").sees(2).err
+
+
+def test_a_second_ctrl_c_ends_at_once(forked, tmp_path):
+    process = forked(*LONG, "train.max_steps=100000", "output_dir=now")
+    _wait_for_step(tmp_path / "now", 3)
+    os.kill(record.Result.load(tmp_path / "now").holder.pid, signal.SIGSTOP)  # a worker that cannot react
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, out
+    assert record.Result.load(tmp_path / "now").status == "interrupted"

@@ -1,0 +1,324 @@
+"""What every plugin owes, as test suites to inherit: a plugin's own tests add its mathematics.
+
+    from ftrun.conformance import OptimizerSuite
+
+    class TestFoo(OptimizerSuite):
+        option = "foo"
+
+pytest then checks that the option keeps its group's protocol: it composes, imports nothing heavy, survives being saved
+and read back, and does its group's work on a small model. ftrun's own options are checked by the same suites.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import io
+import math
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+import ftrun
+from ftrun import config, fields, launch, plugin, record
+from ftrun.config import Config
+from ftrun.plugin import Plugin
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ftrun.worker.training import Run
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
+"""Packages that importing a plugin must not bring into the driver."""
+
+SMALL = ("model=tiny", "hardware=cpu", "train.micro_batch_size=4", "train.log_every=1")
+
+
+class PluginSuite:
+    """What an option of any group owes."""
+
+    group: ClassVar[str]
+    option: ClassVar[str]
+    """The option's name."""
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    """What the option needs besides being chosen, as it would be typed."""
+
+    @property
+    def cls(self) -> type[Plugin]:
+        """The plugin's class."""
+        return plugin.get(self.group, self.option)
+
+    @property
+    def words(self) -> list[str]:
+        """A small run with this option, as it would be typed."""
+        return [*SMALL, f"{self.group}={self.option}", *self.overrides]
+
+    def test_is_a_dataclass_that_needs_no_value(self) -> None:
+        """Every field has a default, so that choosing the option is enough."""
+        unset = [
+            f.name
+            for f in dataclasses.fields(self.cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        assert not unset
+        assert self.cls.name == self.option
+
+    def test_the_file_bears_its_name(self) -> None:
+        """An option is found by its file's name."""
+        assert self.cls.__module__.rpartition(".")[2] == self.option or not self.cls.__module__.startswith("ftrun_")
+
+    def test_says_what_it_is(self) -> None:
+        """The class and each of its fields have a docstring: they are the help and the reference."""
+        assert fields.summary(inspect.getdoc(self.cls))
+        undocumented = {f.name for f in dataclasses.fields(self.cls)} - set(fields.docs(self.cls))
+        assert undocumented <= {"name"}
+
+    def test_does_its_groups_work(self) -> None:
+        """The group's verb is implemented."""
+        verb = plugin.VERBS[self.group]
+        base = plugin.GROUPS[self.group]
+        assert self.group == "tracker" or getattr(self.cls, verb) is not getattr(base, verb)
+
+    def test_importing_it_is_light(self) -> None:
+        """The driver imports a chosen plugin; torch and friends belong inside its methods."""
+        code = f"import sys; from ftrun import plugin; plugin.get({self.group!r}, {self.option!r})\n"
+        code += f"print(*[name for name in {HEAVY} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == []
+
+    def test_survives_being_frozen(self, tmp_path: Path) -> None:
+        """What a worker reads is what was composed."""
+        self._needs_its_packages()
+        cfg = config.compose(self.words)
+        cfg.save(tmp_path / record.RUN)
+        assert Config.load(tmp_path / record.RUN) == cfg
+
+    def _needs_its_packages(self) -> None:
+        for distribution in self.cls.requires:
+            try:
+                version(distribution)
+            except PackageNotFoundError:
+                pytest.skip(f"{distribution} is not installed")
+
+
+class OptimizerSuite(PluginSuite):
+    """What an optimizer owes."""
+
+    group = "optimizer"
+    lr: ClassVar[float] = 1e-2
+    """A learning rate at which fifty steps visibly lower the loss of a small model."""
+
+    def test_lowers_the_loss(self, tmp_path: Path) -> None:
+        """Fifty steps on the same rows."""
+        model, run, optimizer = self._made(tmp_path)
+        losses = _steps(model, run, optimizer, 50)
+        assert all(math.isfinite(loss) for loss in losses)
+        assert losses[-1] < 0.7 * losses[0]
+
+    def test_follows_the_schedule(self, tmp_path: Path) -> None:
+        """A learning rate of zero, set from outside as a schedule does, leaves every weight alone."""
+        model, run, optimizer = self._made(tmp_path)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        _steps(model, run, optimizer, 2)
+        assert all(bool((weight == before[name]).all()) for name, weight in model.state_dict().items())
+
+    def test_decays_matrices_and_nothing_else(self, tmp_path: Path) -> None:
+        """Weight decay alone, without a gradient, shrinks matrices and leaves norms and biases alone."""
+        model, run, _ = self._made(tmp_path)
+        optimizer = self._optimizer(run, model, weight_decay=0.5)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach() * 0
+        optimizer.step()
+        for name, weight in model.named_parameters():
+            if weight.ndim < 2:
+                assert bool((weight == before[name]).all()), name
+            else:
+                assert bool((weight.abs() <= before[name].abs()).all()), name
+                assert float(weight.norm()) < float(before[name].norm()), name
+
+    def test_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+        """Five steps, save, load, five steps: the same as ten; the state loads with ``weights_only``."""
+        import torch
+
+        model, run, optimizer = self._made(tmp_path)
+        _steps(model, run, optimizer, 5)
+        saved = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+        _steps(model, run, optimizer, 5, first=5)
+        saved.seek(0)
+        state = torch.load(saved, weights_only=True)
+        again = _small_model(run)
+        resumed = self._optimizer(run, again)
+        again.load_state_dict(state["model"])
+        resumed.load_state_dict(state["optimizer"])
+        _steps(again, run, resumed, 5, first=5)
+        assert _equal(model, again)
+
+    def _made(self, folder: Path) -> tuple[PreTrainedModel, Run, torch.optim.Optimizer]:
+        self._needs_its_packages()
+        run = _small_run(folder, [*self.words, "adapter=full", f"optimizer.lr={self.lr}"])
+        model = _small_model(run)
+        return model, run, self._optimizer(run, model)
+
+    def _optimizer(self, run: Run, model: nn.Module, **changed: Any) -> torch.optim.Optimizer:
+        return dataclasses.replace(run.cfg.optimizer, **changed).build(model, run)
+
+
+class AdapterSuite(PluginSuite):
+    """What an adapter owes."""
+
+    group = "adapter"
+
+    def test_changes_nothing_before_training(self, tmp_path: Path) -> None:
+        """The same logits as without it."""
+        run = self._run(tmp_path)
+        model, batch = _small_model(run), run.batches(1)[0]
+        before = _logits(model, batch)
+        adapted = run.cfg.adapter.apply(model, run)
+        assert float((_logits(adapted, batch) - before).abs().max()) < 1e-4
+
+    def test_exactly_what_trains_moves(self, tmp_path: Path) -> None:
+        """After a few steps every weight with ``requires_grad`` has moved, and no other one has."""
+        run = self._run(tmp_path)
+        model = run.cfg.adapter.apply(_small_model(run), run)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        optimizer = run.cfg.optimizer.build(model, run)
+        _steps(model, run, optimizer, 3)
+        moved = {name for name, weight in model.named_parameters() if bool((weight != before[name]).any())}
+        assert moved == {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert moved
+
+    def test_what_it_saves_loads_on_the_model_it_started_from(self, tmp_path: Path) -> None:
+        """A run ends; the next one that starts from it has the same logits."""
+        from ftrun.model import Source
+        from ftrun.worker import loading
+
+        run = self._run(tmp_path)
+        model = run.cfg.adapter.apply(_small_model(run), run)
+        _steps(model, run, run.cfg.optimizer.build(model, run), 3)
+        batch = run.batches(1)[0]
+        trained = _logits(model, batch)
+        run.cfg.adapter.save(model, run.folder / record.MODEL, run)
+        run.tokenizer.save_pretrained(run.folder / record.MODEL)
+        after = copy.deepcopy(run.cfg)
+        after.model.path, after.model.source = str(run.folder), Source.run
+        loaded = loading.model(after, loading.tokenizer(after))
+        assert float((_logits(loaded, batch) - trained).abs().max()) < 1e-4
+
+    def _run(self, folder: Path) -> Run:
+        self._needs_its_packages()
+        return _small_run(folder, [*self.words, "optimizer.lr=1e-2"])
+
+
+class QuantSuite(PluginSuite):
+    """What a way of storing weights owes."""
+
+    group = "quant"
+
+    def test_a_model_loads_with_it(self, tmp_path: Path) -> None:
+        """``from_pretrained`` takes its arguments."""
+        self._needs_its_packages()
+        run = _small_run(tmp_path, self.words)
+        assert _logits(_small_model(run), run.batches(1)[0]).isfinite().all()
+
+
+class StageSuite(PluginSuite):
+    """What a stage owes. Needs no network: it runs on the data set that the stage names."""
+
+    group = "stage"
+
+    def test_trains_through_the_command(self, tmp_path: Path) -> None:
+        """Three steps and an evaluation give finite numbers, among them every metric the stage declares."""
+        result = ftrun.run([*self.words, "train.max_steps=3", f"output_dir={tmp_path / 'run'}"])
+        assert (result.status, result.step) == (record.Status.completed, 3)
+        assert all(math.isfinite(value) for value in result.metrics.values())
+        assert set(self.cls.metrics) <= set(result.metrics)  # type: ignore[attr-defined]
+        assert result.objective is not None
+
+    def test_the_batch_can_be_split(self, tmp_path: Path) -> None:
+        """Eight rows at once, or twice four: the same losses."""
+        sizes = ((8, 1), (4, 2))
+        losses = []
+        for size, accumulation in sizes:
+            folder = tmp_path / f"{size}x{accumulation}"
+            batch = [f"train.micro_batch_size={size}", f"train.grad_accumulation={accumulation}", "train.max_steps=3"]
+            ftrun.run([*self.words, *batch, f"output_dir={folder}"])
+            losses.append([line["loss"] for line in record.read_lines(folder / record.METRICS) if "loss" in line])
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+class TrackerSuite(PluginSuite):
+    """What a tracker owes."""
+
+    group = "tracker"
+
+    def test_a_run_ends_well_with_it(self, tmp_path: Path) -> None:
+        """Telling somebody else changes nothing for the run."""
+        self._needs_its_packages()
+        result = ftrun.run([*self.words, "train.max_steps=2", f"output_dir={tmp_path / 'run'}"])
+        assert result.status is record.Status.completed
+
+
+SUITES: dict[str, type[PluginSuite]] = {
+    suite.group: suite for suite in (StageSuite, AdapterSuite, QuantSuite, OptimizerSuite, TrackerSuite)
+}
+"""The suite of each group."""
+
+
+def _small_run(folder: Path, words: list[str]) -> Run:
+    """Return what a plugin is told of its run, for a frozen config and real rows."""
+    from ftrun.worker import encode, loading, training
+
+    overrides = [*words, f"output_dir={folder / 'run'}", "data.rows=16", "train.max_steps=20"]
+    cfg = Config.load(launch.freeze(launch.check(overrides), overrides) / record.RUN)
+    tokenizer = loading.tokenizer(cfg)
+    return training.Run(cfg, encode.load(cfg, tokenizer), tokenizer)
+
+
+def _small_model(run: Run) -> PreTrainedModel:
+    import transformers
+
+    from ftrun.worker import loading
+
+    transformers.set_seed(0)
+    return loading.model(run.cfg, run.tokenizer)
+
+
+def _logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def _steps(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, count: int, first: int = 0) -> list[float]:
+    """Train on the run's rows, round and round; return the loss of each step."""
+    batches = run.batches(4)
+    losses = []
+    model.train()
+    for step in range(first, first + count):
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    others = other.state_dict()
+    return all(bool((weight == others[name]).all()) for name, weight in one.state_dict().items())
