@@ -249,7 +249,11 @@ def segments(
             prompt = render(item, index, tokenizer, generation_prompt=True)
             pieces.append((_extension(item.row, done, prompt), data.train_on is TrainOn.all))
             done = prompt
-        elif not (learned or index + 1 == len(item.messages)):
+        elif learned:  # apart from what is not learned before it
+            before = render(item, index, tokenizer)
+            pieces.append((_extension(item.row, done, before), data.train_on is TrainOn.all))
+            done = before
+        elif index + 1 < len(item.messages):
             continue  # rendered together with what follows it
         text = render(item, index + 1, tokenizer)
         piece = _extension(item.row, done, text)
