@@ -31,9 +31,8 @@ VARIABLE = "FTRUN_FORK_SERVER"
 PRELOADED = (
     "torch", "torch.distributed", "torch.utils.data", "transformers", "transformers.trainer", "transformers.generation",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "datasets", "trl",
-    "trl.trainer.dpo_trainer", "matplotlib.pyplot",
-    "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.causal", "ftrun.worker.samples",
+    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "matplotlib.pyplot",
+    "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.preference", "ftrun.worker.samples",
 )  # fmt: skip
 """What a worker is likely to import."""
 

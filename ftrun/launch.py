@@ -198,7 +198,6 @@ def worker_environment(hardware: Hardware) -> dict[str, str]:
     env = {
         "OMP_NUM_THREADS": str(hardware.num_threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYTHONUNBUFFERED": "1",
     }
     if hardware.device is Device.cpu:
