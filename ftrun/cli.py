@@ -54,6 +54,11 @@ def _dispatch(words: list[str]) -> int:
 def _run(words: list[str]) -> int:
     from ftrun import launch, summary
 
+    if multirun := _without_multirun(words):
+        from ftrun import sweep
+
+        _refuse_options(multirun)
+        return summary.conclude_sweep(*sweep.run(multirun))
     _refuse_options(words)
     return summary.conclude(launch.run(words))
 
@@ -78,6 +83,12 @@ def _check(words: list[str]) -> int:
     from ftrun import launch
     from ftrun.display import console
 
+    if multirun := _without_multirun(words):
+        from ftrun import sweep
+
+        _refuse_options(multirun)
+        console.print(f"[green]no problems[/] in {len(sweep.check(multirun))} runs")
+        return 0
     _refuse_options(words)
     launch.check(words)
     console.print("[green]no problems[/]")
@@ -169,6 +180,12 @@ def show_command_help(command: str) -> None:
     """Print argparse's page for a command that takes arguments of its own."""
     with contextlib.suppress(SystemExit):
         _COMMANDS[command](["--help"])
+
+
+def _without_multirun(words: Sequence[str]) -> list[str]:
+    """Return the words besides ``-m`` if that is among them, else nothing."""
+    rest = [word for word in words if word not in ("-m", "--multirun")]
+    return rest if len(rest) < len(words) else []
 
 
 def _refuse_options(words: Sequence[str]) -> None:

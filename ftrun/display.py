@@ -39,7 +39,7 @@ class Display:
         self._task = self._bar.add_task("starting", total=None, numbers="")
 
     def __enter__(self) -> Display:
-        self._line(f"[dim]run folder[/] {escape(_short(self.folder))}")
+        self._line(f"[dim]run folder[/] {escape(near(self.folder))}")
         if console.is_terminal:
             self._bar.start()
         return self
@@ -112,9 +112,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _short(path: Path) -> str:
-    """Return a path as seen from here, where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def near(path: Path, root: Path | None = None) -> str:
+    """Return a path as seen from the working folder, or from ``root``, where that is shorter."""
+    root = root or Path.cwd()
+    return str(path.relative_to(root)) if path.is_relative_to(root) and path != root else str(path)

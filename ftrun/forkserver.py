@@ -79,9 +79,9 @@ def start(address: str) -> subprocess.Popen[bytes]:
     Raises:
         RuntimeError: It died on the way.
     """
-    server = subprocess.Popen(
-        [sys.executable, "-m", "ftrun.forkserver", address], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
+    # OpenMP reads its policy when it is loaded, so the server has it for its children.
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    server = subprocess.Popen([sys.executable, "-m", "ftrun.forkserver", address], env=env)
     while not Path(address).exists():
         if server.poll() is not None:
             raise RuntimeError(f"the fork server ended with exit code {server.returncode}")

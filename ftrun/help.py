@@ -20,6 +20,7 @@ from ftrun.errors import ConfigError, Problem, did_you_mean
 
 _COMMANDS = {
     "ftrun [KEY=VALUE ...]": "train; without a word, fine-tunes a small model on rows that ship with ftrun",
+    "ftrun -m [KEY=VALUE,VALUE ...]": "a run for each combination of the values, one after another",
     "ftrun list [GROUP[=OPTION]]": "the groups, a group's options, or an option's keys",
     "ftrun show [KEY=VALUE ...]": "the whole config as YAML, every default written out; runs nothing",
     "ftrun check [KEY=VALUE ...]": "everything that is wrong with a run, before it starts",
@@ -35,6 +36,8 @@ _EXAMPLES = {
     "ftrun adapter=full optimizer.lr=1e-5 train.epochs=1": "train every weight",
     "ftrun method=dora data.path=rows.csv data.eval_size=0.1": "a published recipe, a tenth held out",
     "ftrun model=tiny debug=smoke": "two steps that need nothing from outside",
+    "ftrun -m model=tiny adapter=lora,full seed=1,2": "a grid of four runs",
+    "ftrun -m sweep=lora_rank": "a grid from a file",
     "ftrun model.path=outputs/sft/RUN": "start from what an earlier run ended with",
     "ftrun stage=sft --help": "every key of this choice, with its meaning",
 }
@@ -60,6 +63,7 @@ def _show_main() -> None:
     for group, about in options.GROUPS.items():
         table.add_row(f"[cyan]{group}[/]", f"{about}\n[dim]{escape(', '.join(options.names(group)))}[/]")
     console.print(Padding(table, (0, 0, 1, 2)))
+    console.print(f"[bold]Sweeps[/]  `ftrun -m sweep=NAME`: {', '.join(options.sweeps())}\n")
     console.print(
         "[bold]Keys[/]  set a value with GROUP.KEY=VALUE; `ftrun list train` and `ftrun OPTIONS --help` list them\n"
     )

@@ -17,6 +17,7 @@ def _shipped(name: str) -> Path:
 
 
 CONF = _shipped("conf")
+SWEEPS = _shipped("sweeps")
 
 GROUPS = {
     "stage": "what the run does",
@@ -51,6 +52,12 @@ def conf_folders() -> list[Path]:
     """Return the folders of YAML options, the one that is found first in front."""
     mine = working_conf()
     return [*([mine] if mine else []), CONF]
+
+
+def sweeps() -> dict[str, Path]:
+    """Return the sweep files by name: those of ftrun, and, found first, of the working folder's own ``sweeps``."""
+    folders = (SWEEPS, Path.cwd() / "sweeps")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def names(group: str) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from ftrun import record
-from ftrun.display import console
+from ftrun.display import console, near
 from ftrun.record import EXIT_CODES, Result, Status
 
 _COLOURS = {
@@ -32,10 +33,21 @@ def conclude(result: Result) -> int:
     else:
         kept = f"saved in {result.checkpoint}" if result.checkpoint else "before the first checkpoint"
         console.print(
-            f"[yellow]{result.status}[/], {kept}; to go on: [bold]ftrun resume {escape(_near(folder))}[/]",
+            f"[yellow]{result.status}[/], {kept}; to go on: [bold]ftrun resume {escape(near(folder))}[/]",
             soft_wrap=True,
         )
     return EXIT_CODES[result.status]
+
+
+def conclude_sweep(folder: Path, results: Sequence[Result]) -> int:
+    """Print what a sweep's jobs ended with, and return the exit code for all of them."""
+    show_runs(folder, as_json=False)
+    console.print(f"sweep folder {escape(near(folder))}", soft_wrap=True)
+    stopped = [result.status for result in results if result.status in (Status.interrupted, Status.preempted)]
+    if stopped:
+        console.print(f"[yellow]{stopped[0]}[/]; the same words with output_dir={escape(near(folder))} go on")
+        return EXIT_CODES[stopped[0]]
+    return int(any(result.status is Status.failed for result in results))
 
 
 def _show_outcome(result: Result, folder: Path) -> None:
@@ -47,7 +59,7 @@ def _show_outcome(result: Result, folder: Path) -> None:
     speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
     console.print(f"[green]completed[/] {result.step} steps in {_duration(result.wall_seconds)}{speed}{memory}")
     console.print(
-        f"model  {escape(_near(folder / record.MODEL))}\nplots  {escape(_near(folder / record.PLOTS))}", soft_wrap=True
+        f"model  {escape(near(folder / record.MODEL))}\nplots  {escape(near(folder / record.PLOTS))}", soft_wrap=True
     )
 
 
@@ -77,10 +89,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _near(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def show_runs(root: Path, *, as_json: bool) -> None:
     """Print the runs below a folder, the newest last."""
     rows = sorted(_describe(root), key=lambda row: str(row["started"]))
@@ -90,18 +98,23 @@ def show_runs(root: Path, *, as_json: bool) -> None:
     if not rows:
         console.print(f"no runs below {escape(str(root))}")
         return
-    table = Table("folder", "status", "step", "loss", "eval_loss", "objective", "time", "started", "overrides")
+    console.print(f"runs in {escape(str(root))}")
+    wide = console.width >= 140
+    names = ("status", "step", "loss", "eval_loss", "objective", "time", "started", "folder")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in (*names, *(["overrides"] if wide else [])):
+        table.add_column(name, no_wrap=name not in ("folder", "overrides"), overflow="fold")
     for row in rows:
-        colour = _COLOURS[Status(row["status"])]
+        overrides = " ".join(word for word in row["overrides"] if not word.startswith("output_dir="))
         table.add_row(
-            escape(_near(Path(row["folder"]))),
-            f"[{colour}]{row['status']}[/]",
+            f"[{_COLOURS[Status(row['status'])]}]{row['status']}[/]",
             str(row["step"]),
             *(_cell(row["metrics"].get(name)) for name in ("loss", "eval_loss")),
             _cell(row["objective"]),
             _duration(row["wall_seconds"]),
-            str(row["started"])[:16].replace("T", " "),
-            escape(" ".join(row["overrides"])),
+            str(row["started"])[5:16].replace("T", " "),
+            escape(near(Path(row["folder"]), root.resolve())),
+            *([escape(overrides)] if wide else []),
         )
     console.print(table)
 

@@ -82,7 +82,7 @@ def _misused(override: Override) -> Iterator[Problem]:
     elif override.is_sweep_override():
         value = (override.input_line or "").partition("=")[2]
         message = f"{value} is several values, and a run takes one"
-        yield Problem(key, message, f"a list is {key}=[...]; text with a comma is \"{key}='...'\"")
+        yield Problem(key, message, f"`ftrun -m` for a run each; a list is {key}=[...]; text is \"{key}='...'\"")
     elif key == "schema_version":
         yield Problem(key, "is set by ftrun and cannot be typed", f"leave {key} out")
     elif group in plugin.GROUPS and key.endswith(".name"):

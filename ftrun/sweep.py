@@ -1,0 +1,169 @@
+"""A grid of runs, one after another: ``ftrun -m optimizer.lr=1e-4,5e-4 seed=1,2,3``.
+
+Every point is checked before the first one starts. A job that fails does not stop the others. The same words with the
+same ``output_dir`` go on with what is unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from ftrun import forkserver, launch, options, record
+from ftrun.display import console
+from ftrun.errors import ConfigError, Problem, RunFailed, did_you_mean
+from ftrun.record import Result, Status
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of a grid."""
+
+    words: tuple[str, ...]
+    """Everything that is typed for it."""
+
+    point: tuple[str, ...]
+    """The words in which it differs from the others."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder: the point, so that the same point is the same job."""
+        name = re.sub(r"[^\w.=,+-]+", "_", ",".join(self.point)) or "all"
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return name if len(name) <= 100 else f"{name[:90]}-{digest}"
+
+
+def run(words: Sequence[str]) -> tuple[Path, list[Result]]:
+    """Run a grid, and return its folder and the results of the jobs that came to one.
+
+    Raises:
+        ConfigError: A point is wrong; with everything that is, before anything starts.
+    """
+    jobs = check(words)
+    folder = _folder(words)
+    results: list[Result] = []
+    with _server():
+        for number, job in enumerate(jobs, 1):
+            console.print(f"[bold]{number} of {len(jobs)}[/]  {' '.join(job.point)}")
+            try:
+                results.append(_do(job, folder / job.name))
+            except RunFailed as error:
+                console.print(f"[red]failed[/] {error}", soft_wrap=True)
+                results.append(Result.load(folder / job.name))
+            if results[-1].status in (Status.interrupted, Status.preempted):
+                break
+    return folder, results
+
+
+def check(words: Sequence[str]) -> list[Job]:
+    """Return the jobs of a grid, each of which is known to compose.
+
+    Raises:
+        ConfigError: With everything that is wrong with any of them, once.
+    """
+    jobs = list(grid(words))
+    problems = []
+    for job in jobs:
+        try:
+            launch.check([word for word in job.words if not word.startswith("output_dir=")])
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return jobs
+
+
+def grid(words: Sequence[str]) -> Iterator[Job]:
+    """Yield every combination of the values that the words give, the last word's changing fastest."""
+    axes: list[list[str]] = []
+    fixed = [word for word in words if not _axis(word, axes) and not word.startswith("sweep=")]
+    typed = {axis[0].partition("=")[0] for axis in axes} | {word.partition("=")[0] for word in fixed}
+    for word in (word for word in words if word.startswith("sweep=")):
+        for line in _sweep_file(word.partition("=")[2]):
+            if line.partition("=")[0] not in typed and not _axis(line, axes):
+                fixed.append(line)
+    for point in itertools.product(*axes):
+        yield Job(words=(*fixed, *point), point=point)
+
+
+def _axis(word: str, axes: list[list[str]]) -> bool:
+    """Add a word that gives several values to the axes, as one word for each."""
+    try:
+        override = OverridesParser.create().parse_override(word) if not word.startswith("=") else None
+    except HydraException:
+        return False  # said with the rest, when the words are checked
+    if override is None or not override.is_sweep_override():
+        return False
+    axes.append([f"{override.key_or_group}={value}" for value in _values(override)])
+    return True
+
+
+def _values(override: Override) -> list[str]:
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, Glob):
+        return value.filter(options.names(key) if key in options.GROUPS else [])
+    if not override.is_discrete_sweep():
+        message = f"{override.input_line} has no end: a grid needs single values"
+        raise ConfigError([Problem(key, message, f"{key}=VALUE,VALUE or {key}=range(START,STOP)")])
+    return list(override.sweep_string_iterator())
+
+
+def _sweep_file(name: str) -> list[str]:
+    """Return the words of ``sweeps/NAME.yaml``.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    known = options.sweeps()
+    if name not in known:
+        message = f"there is no sweep {name}{did_you_mean(name, list(known))}"
+        raise ConfigError([Problem("sweep", message, f"one of {', '.join(known)}")])
+    content = OmegaConf.to_container(OmegaConf.load(known[name]))
+    assert isinstance(content, dict)
+    return [f"{key}={value}" for key, value in content.items()]
+
+
+def _folder(words: Sequence[str]) -> Path:
+    given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
+    name = given[-1] if given else f"outputs/sweeps/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return Path(name).expanduser().resolve()
+
+
+def _do(job: Job, folder: Path) -> Result:
+    """Run a job, go on with it, or take its result if it has one."""
+    if not record.is_run(folder):
+        words = [word for word in job.words if not word.startswith("output_dir=")]
+        return launch.run([*words, f"output_dir='{folder}'"])
+    done = Result.load(folder)
+    return done if done.status is Status.completed else launch.resume(folder)
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[None]:
+    """Have a fork server for the jobs, unless there is one already."""
+    if os.environ.get(forkserver.VARIABLE):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ftrun-") as folder:
+        address = str(Path(folder) / "server")
+        server = forkserver.start(address)
+        os.environ[forkserver.VARIABLE] = address
+        try:
+            yield
+        finally:
+            del os.environ[forkserver.VARIABLE]
+            server.terminate()
+            server.wait()
