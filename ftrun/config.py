@@ -18,7 +18,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from ftrun import fields, model, plugin, record
-from ftrun.data import Data, TrainOn
+from ftrun.data import Data, Format, TrainOn
+from ftrun.data.formats import KINDS
 from ftrun.errors import ConfigError, Problem, did_you_mean
 from ftrun.fields import MISSING
 from ftrun.hardware import Hardware
@@ -171,6 +172,10 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     yield from cfg.train.check()
     yield from cfg.hardware.check(cfg.train)
     data = cfg.data
+    if data.format is not Format.auto and data.format not in KINDS[cfg.stage.rows]:
+        forms = ", ".join(KINDS[cfg.stage.rows])
+        message = f"stage={cfg.stage.name} trains on {cfg.stage.rows}, which {data.format} rows are not"
+        yield Problem("data.format", message, f"one of auto, {forms}")
     if data.path is None and not data.sources:
         yield Problem("data.path", "has no value", "data.path=FILE")
     if data.path is not None and data.sources:

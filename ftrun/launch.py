@@ -24,6 +24,7 @@ import ftrun
 from ftrun import config, environment, events, forkserver, hardware, model, record
 from ftrun.config import Config
 from ftrun.data.check import check as check_rows
+from ftrun.data.read import make_absolute
 from ftrun.display import Display
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.hardware import Device, Hardware
@@ -88,13 +89,16 @@ def _occupied(cfg: Config) -> Iterator[Problem]:
         return
     folder = Path(cfg.output_dir).expanduser()
     if record.is_run(folder):
-        yield Problem(
-            "output_dir", f"{folder} holds another run", f"ftrun resume {folder} to go on with it, or another folder"
-        )
+        yield _is_taken(folder)
     elif folder.is_file():
         yield Problem("output_dir", f"{folder} is a file", "a folder")
     elif folder.is_dir() and any(folder.iterdir()):
         yield Problem("output_dir", f"{folder} is not empty", "a new or an empty folder")
+
+
+def _is_taken(folder: Path) -> Problem:
+    fix = f"ftrun resume {folder} to go on with it, or another folder"
+    return Problem("output_dir", f"{folder} holds another run", fix)
 
 
 def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
@@ -105,6 +109,7 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     """
     hardware.settle(cfg.hardware, cfg.train)
     cfg.model = model.locate(cfg.model)
+    make_absolute(cfg.data)
     folder = _make_folder(cfg)
     cfg.output_dir = str(folder)
     cfg.plugins = [_copy_into(folder / "plugins", Path(file)) for file in cfg.plugins]
@@ -130,6 +135,10 @@ def _make_folder(cfg: Config) -> Path:
     if cfg.output_dir is not None:
         folder = Path(cfg.output_dir).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        try:  # of two that start at once, one gets the folder
+            (folder / record.RESULT).open("x").close()
+        except FileExistsError:
+            raise ConfigError([_is_taken(folder)]) from None
         return folder
     stem = Path("outputs", cfg.stage.name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).resolve()
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +249,8 @@ def _conclude(folder: Path, code: int, signals: _Signals) -> Result:
     result = Result.load(folder)
     if result.status is Status.interrupted and result.holder:  # still "running" by its own words, and gone
         result.holder = None
-        result.status = Status.interrupted if signals.interrupted else Status.failed
-        result.reason = "ended at once" if signals.interrupted else _how_it_died(code)
+        result.status = signals.told or Status.failed
+        result.reason = "ended at once" if signals.told else _how_it_died(code)
         result.save(folder)
     if result.problems:
         raise ConfigError(result.user_problems())
@@ -265,7 +274,6 @@ class _Signals:
         self.session = 0
         """The process group of everything that was started."""
 
-        self.interrupted = False
         self._told: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -280,6 +288,13 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def told(self) -> Status | None:
+        """What this process was told to do, if anything: what the run's status is if the worker could not say."""
+        if self._told is None:
+            return None
+        return Status.interrupted if self._told == signal.SIGINT else Status.preempted
+
     def add(self, pid: int) -> None:
         """Note a worker's process; one that comes late is told what the others were."""
         if pid not in self.pids:
@@ -289,7 +304,6 @@ class _Signals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again, self._told = self._told is not None, signal.SIGTERM if number == signal.SIGHUP else number
-        self.interrupted = self.interrupted or number == signal.SIGINT
         self.display.stopping(number == signal.SIGINT, again)
         if again and number == signal.SIGINT and self.session:
             with contextlib.suppress(ProcessLookupError):

@@ -152,6 +152,8 @@ def pick_size(model: Model) -> Iterator[Problem]:
 def check(model: Model) -> Iterator[Problem]:
     """Yield what is wrong with ``model.path`` as far as this machine's disk can tell."""
     path = model.path or ""
+    if model.revision is not None and _kind(model) is not Source.hub:
+        yield Problem("model.revision", f"{path} is not on the hub, so it has no revisions", "leave model.revision out")
     if path.startswith(BUILTIN):
         if (name := path.removeprefix(BUILTIN)) not in BUILTINS:
             yield Problem("model.path", f"ftrun ships no model {name}", f"model.path={BUILTIN}{BUILTINS[0]}")

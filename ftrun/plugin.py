@@ -13,6 +13,7 @@ An option ``<group>=<name>`` is looked up, in this order, as
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "ftrun_plugins"
 ENTRY_POINTS = "ftrun.plugins"
+_FILES = "ftrun_files."
 
 
 class PluginError(FtrunError):
@@ -175,7 +177,8 @@ def register(cls: P) -> P:
     if name == MISSING:
         raise PluginError(f'{where} has no name: give it the field `name: str = "{cls.__module__.split(".")[-1]}"`')
     taken = _registered.get((cls.group, name))
-    if taken and taken.__module__ != cls.__module__:
+    both_named = taken and all(c.__module__.startswith(_FILES) for c in (taken, cls))  # the newer file wins
+    if taken and taken.__module__ != cls.__module__ and not both_named:
         raise PluginError(f"{cls.group}={name} is defined twice, in {taken.__module__} and in {cls.__module__}")
     _registered[cls.group, name] = cls
     return cls
@@ -226,7 +229,11 @@ def load_file(path: Path) -> None:
     Raises:
         PluginError: It fails to import, or registers nothing of its own name.
     """
-    module_name = f"ftrun_files.{path.stem}"
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise PluginError(f"{path} cannot be read: {error.strerror}") from None
+    module_name = f"{_FILES}{path.stem}_{digest}"  # another file of the same name is another module
     if module_name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -234,13 +241,13 @@ def load_file(path: Path) -> None:
         raise PluginError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    before = set(_registered)
+    before = dict(_registered)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
         raise _import_failed(str(path), error) from error
-    if not set(_registered) - before:
+    if _registered == before:
         raise PluginError(f"{path} registers nothing: put @register above a plugin class")
 
 

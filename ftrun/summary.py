@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -43,11 +44,25 @@ def conclude_sweep(folder: Path, results: Sequence[Result]) -> int:
     """Print what a sweep's jobs ended with, and return the exit code for all of them."""
     show_runs(folder, as_json=False)
     console.print(f"sweep folder {escape(near(folder))}", soft_wrap=True)
+    if best := _best(results):
+        console.print(
+            f"best {escape(near(Path(best.folder), folder))}  objective [bold]{best.objective:.4g}[/]", soft_wrap=True
+        )
     stopped = [result.status for result in results if result.status in (Status.interrupted, Status.preempted)]
     if stopped:
         console.print(f"[yellow]{stopped[0]}[/]; the same words with output_dir={escape(near(folder))} go on")
         return EXIT_CODES[stopped[0]]
     return int(any(result.status is Status.failed for result in results))
+
+
+def _best(results: Sequence[Result]) -> Result | None:
+    """Return the job with the best objective, of those that have one."""
+    scored = [result for result in results if result.objective is not None]
+    if not scored:
+        return None
+    mode = OmegaConf.load(Path(scored[0].folder) / record.RUN).objective_mode
+    pick = max if mode == "max" else min
+    return pick(scored, key=lambda result: result.objective or 0.0)
 
 
 def _show_outcome(result: Result, folder: Path) -> None:

@@ -75,7 +75,7 @@ def check(words: Sequence[str]) -> list[Job]:
         ConfigError: With everything that is wrong with any of them, once.
     """
     jobs = list(grid(words))
-    problems = []
+    problems: list[Problem] = []
     for job in jobs:
         try:
             launch.check([word for word in job.words if not word.startswith("output_dir=")])
@@ -133,7 +133,7 @@ def _sweep_file(name: str) -> list[str]:
         raise ConfigError([Problem("sweep", message, f"one of {', '.join(known)}")])
     content = OmegaConf.to_container(OmegaConf.load(known[name]))
     assert isinstance(content, dict)
-    return [f"{key}={value}" for key, value in content.items()]
+    return [f"{key!s}={value}" for key, value in content.items()]
 
 
 def _folder(words: Sequence[str]) -> Path:

@@ -153,6 +153,18 @@ def _weighted(found: Iterator[Row], weight: float, seed: int) -> Iterator[Row]:
     yield from (kept[index] for index in sorted(chosen))
 
 
+def make_absolute(data: Data) -> None:
+    """Replace relative paths by absolute ones, in place, so that a run can be gone on with from any folder."""
+
+    def absolute(path: str) -> str:
+        return path if path.startswith(DEMO) or is_hub_id(path) else str(Path(path).expanduser().absolute())
+
+    data.path = absolute(data.path) if data.path else None
+    data.eval_path = absolute(data.eval_path) if data.eval_path else None
+    for source in data.sources:
+        source.path = absolute(source.path)
+
+
 def sources_of(data: Data) -> list[Source]:
     """Return the sources of training rows, whether one path or several were given."""
     return data.sources or [Source(path=data.path or "", rows=data.rows)]

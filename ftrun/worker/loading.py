@@ -47,7 +47,7 @@ def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if model.source is Source.gguf:
         path = Path(model.path)
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(_files(model), **_hub_arguments(model))
+    return AutoTokenizer.from_pretrained(_files(model), **_source_arguments(model))
 
 
 def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -61,6 +61,8 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if cfg.model.attention is not Attention.auto:
         arguments["attn_implementation"] = cfg.model.attention.value
     loaded = _load_model(cfg.model, arguments)
+    if cfg.model.source in (Source.hub, Source.wheel):
+        loaded.name_or_path = cfg.model.path  # what an adapter says it is for, wherever the files came from
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         message = f"the tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings"
@@ -85,7 +87,7 @@ def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
             str(path.parent), gguf_file=path.name, quantization_config=dequantize, **arguments
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_hub_arguments(model))
+        return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_source_arguments(model))
     except (ValueError, ImportError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -131,10 +133,9 @@ def _files(model: Model) -> str:
     return model.path
 
 
-def _hub_arguments(model: Model) -> dict[str, Any]:
-    if model.source is not Source.hub:
-        return {}
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+def _source_arguments(model: Model) -> dict[str, Any]:
+    own_code = {"trust_remote_code": model.trust_remote_code}
+    return own_code | ({"revision": model.revision} if model.source is Source.hub else {})
 
 
 def _dtype(cfg: Config) -> torch.dtype | str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlsplit
 
+from ftrun.errors import Problem
 from ftrun.plugin import Tracker, register
+from ftrun.record import Status
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback
 
+    from ftrun.config import Config
     from ftrun.worker.training import Run
+
+_TAG = "ftrun.id"
+_STATES = {Status.completed: "FINISHED", Status.failed: "FAILED"}
 
 
 @register
@@ -28,15 +35,39 @@ class MLflow(Tracker):
     """The experiment that the run appears in."""
 
     uri: str | None = None
-    """The tracking server or database. Default: $MLFLOW_TRACKING_URI, else MLflow's own."""
+    """The tracking server (``http://HOST:5000``) or database (``sqlite:////FOLDER/mlflow.db``). Default:
+    $MLFLOW_TRACKING_URI, else a database in the run's folder."""
+
+    def check(self, cfg: Config) -> Iterator[Problem]:
+        """A password must not stand in a config."""
+        if self.uri and urlsplit(self.uri).password:
+            why = "a password typed here would end up in run.yaml"
+            fix = "export MLFLOW_TRACKING_URI=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            yield Problem("tracker.mlflow.uri", why, fix)
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
-        """Return transformers' callback, which starts the MLflow run when training begins."""
+        """Start the MLflow run, or go on with it where this run is resumed, and return transformers' callback."""
         if not run.is_main:
             return []
+        import mlflow
         from transformers.integrations import MLflowCallback
 
-        os.environ["MLFLOW_EXPERIMENT_NAME"] = self.experiment
-        if self.uri:
-            os.environ["MLFLOW_TRACKING_URI"] = self.uri
-        return [MLflowCallback()]
+        from ftrun_plugins.tracker._reporter import reporter, starting
+
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{run.folder / 'mlflow.db'}")
+        # A server that is gone is given up after 13 seconds, not after four minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        with starting(self, "a server that answers, or tracker.mlflow.uri=sqlite:////FOLDER/mlflow.db"):
+            if self.uri:
+                mlflow.set_tracking_uri(self.uri)
+            experiment = mlflow.set_experiment(self.experiment)
+            earlier = mlflow.search_runs(
+                [experiment.experiment_id], f"tags.`{_TAG}` = '{run.unique_id}'", max_results=1, output_format="list"
+            )
+            if earlier:
+                mlflow.start_run(run_id=earlier[0].info.run_id)
+                os.environ["MLFLOW_MAX_LOG_PARAMS"] = "0"  # they are there, and MLflow lets none be changed
+            else:
+                mlflow.start_run(run_name=run.name, tags={_TAG: run.unique_id})
+        return [reporter(self, MLflowCallback(), end=lambda status: mlflow.end_run(_STATES.get(status, "KILLED")))]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.plugin import Tracker, register
 
@@ -27,19 +28,26 @@ class Trackio(Tracker):
     """The project that the run appears in; ``trackio show`` opens it."""
 
     space: str | None = None
-    """A Hugging Face Space to send metrics to. Default: this machine only."""
+    """A Hugging Face Space (``USER/NAME``) to send metrics to. Default: this machine, in $TRACKIO_DIR or Trackio's
+    own folder below $HF_HOME."""
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
-        """Return transformers' callback, told the project and the Space."""
+        """Return transformers' callback, told the project, the Space and a name that only this run has."""
         if not run.is_main:
             return []
         from transformers.integrations import TrackioCallback
 
-        plugin = self
+        from ftrun_plugins.tracker._reporter import reporter, starting, unique_name
+
+        tracker = self
 
         class Callback(TrackioCallback):
-            def setup(self, args, state, model, **kwargs):  # type: ignore[no-untyped-def]
-                args.project, args.trackio_space_id = plugin.project, plugin.space
-                super().setup(args, state, model, **kwargs)
+            def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+                mine = copy.copy(args)
+                mine.project, mine.trackio_space_id = tracker.project, tracker.space
+                mine.run_name = unique_name(run)  # Trackio goes on with a run of the same name
+                args.trackio_static_space_id = False  # or a second, public Space would be made when training ends
+                with starting(tracker, "tracker.trackio.space=null, or `hf auth login`"):
+                    super().setup(mine, state, model, **kwargs)
 
-        return [Callback()]
+        return [reporter(self, Callback())]

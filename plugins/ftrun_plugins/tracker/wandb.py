@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ftrun.errors import Problem
 from ftrun.plugin import Tracker, register
+from ftrun.record import Status
 from ftrun.secrets import check_name, read
 
 if TYPE_CHECKING:
@@ -58,15 +59,26 @@ class WandB(Tracker):
         import wandb
         from transformers.integrations import WandbCallback
 
+        from ftrun_plugins.tracker._reporter import END_SECONDS, START_SECONDS, reporter, starting
+
         if key := read(self.key_env):
             os.environ["WANDB_API_KEY"] = key
-        wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=run.name,
-            id=run.unique_id,
-            resume="allow",
-            mode=self.mode.value,
-            dir=str(run.folder),
-        )
-        return [WandbCallback()]
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", str(START_SECONDS))
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(END_SECONDS))
+        with starting(self, f"export {self.key_env}=..., or tracker.wandb.mode=offline and `wandb sync` later"):
+            wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=run.name,
+                id=run.unique_id,
+                resume="allow",
+                mode=self.mode.value,
+                dir=str(run.folder),
+            )
+
+        def end(status: Status) -> None:
+            if status is Status.preempted and wandb.run:
+                wandb.run.mark_preempting()
+            wandb.finish(exit_code=int(status is not Status.completed))
+
+        return [reporter(self, WandbCallback(), end)]
