@@ -281,7 +281,7 @@ def step(folder: Path, steps: int = 12) -> None:
             f"{median / base:.3f}",
             "<= 1.03" if name == "ftrun" else "",
         )
-    console.print(f"command: ftrun {' '.join(words)}")
+    console.print(f"ftrun {' '.join(words)}", markup=False)
     console.print(table)
 
 

@@ -6,7 +6,6 @@ A word with a ``=`` is an override of the config tree; a first word without one 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -26,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
+    except SystemExit:  # argparse has printed a command's own help
+        return 0
     except FtrunError as error:
         _show_error(error)
         return error.exit_code
@@ -37,16 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from ftrun import help as pages
-
     command = words[0] if words and words[0] in _COMMANDS else None
     rest = words[1:] if command else words
     if "--version" in words:
         print(f"ftrun {ftrun.__version__}")  # noqa: T201
         return 0
-    if "--help" in rest or "-h" in rest:
-        overrides = [word for word in rest if not word.startswith("-")]
-        pages.show_help(command, overrides)
+    if ("--help" in rest or "-h" in rest) and command in (None, "show", "check"):
+        from ftrun import help as pages
+
+        pages.show_help(command, [word for word in rest if not word.startswith("-")])
         return 0
     return _COMMANDS[command](rest) if command else _run(rest)
 
@@ -174,12 +174,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"ftrun {command}", description=description)
-
-
-def show_command_help(command: str) -> None:
-    """Print argparse's page for a command that takes arguments of its own."""
-    with contextlib.suppress(SystemExit):
-        _COMMANDS[command](["--help"])
 
 
 def _without_multirun(words: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -22,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftrun import diagnose, options, plugin, words
-from ftrun.config import Config
 from ftrun.errors import Problem
 
 ROOT = "ftrun"
@@ -51,7 +51,7 @@ class PluginSource(ConfigSource):
         """Import the plugin behind ``<group>/<name>`` and return its dataclass as a config."""
         group, _, name = self._name(config_path).rpartition("/")
         try:
-            cls = Config if name == "schema" else plugin.get(group, name)
+            cls = plugin.get(group, name)
         except LookupError as error:
             raise ConfigLoadError(f"no plugin {error}") from None
         package = f"tracker.{name}" if group == "tracker" else None
@@ -69,7 +69,7 @@ class PluginSource(ConfigSource):
     def is_config(self, config_path: str) -> bool:
         """Tell whether a path is a plugin, without importing it."""
         group, _, name = self._name(config_path).rpartition("/")
-        return name == "schema" if not group else group in plugin.GROUPS and plugin.exists(group, name)
+        return group in plugin.GROUPS and plugin.exists(group, name)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """List a group's plugins."""
@@ -92,13 +92,18 @@ class SearchPath(SearchPathPlugin):
         search_path.append(provider="plugins", path="ftrun://plugins")
 
 
-def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
+def compose_tree(overrides: Sequence[str], schema: type) -> tuple[DictConfig | None, list[Problem]]:
     """Compose the tree that the words ask for, as far as they can be understood.
+
+    Args:
+        overrides: What was typed.
+        schema: The dataclass that the whole tree is one of.
 
     Returns:
         The tree that the good words give, or None if there is none that could be looked at further; and everything
         wrong with the words, the options they choose and the keys they set.
     """
+    ConfigStore.instance().store(name="schema", node=schema, provider="ftrun")
     chosen, values, problems = words.read(overrides)
     node: DictConfig | None
     try:

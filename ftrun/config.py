@@ -138,7 +138,7 @@ def examine(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
     """
     from ftrun import compose as hydra_side
 
-    node, problems = hydra_side.compose_tree(overrides)
+    node, problems = hydra_side.compose_tree(overrides, Config)
     if node is None:
         return None, problems
     cfg = cast(Config, OmegaConf.to_object(node))

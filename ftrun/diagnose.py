@@ -16,7 +16,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from ftrun import options, plugin
-from ftrun.config import Config
 from ftrun.errors import Problem, did_you_mean
 
 
@@ -97,7 +96,7 @@ def broken_file(error: Exception, chosen: Sequence[Override]) -> Problem:
 
 def _unknown_key_in_file(file: str, key: str, error: OmegaConfBaseException) -> Problem:
     group = key.partition(".")[0]
-    cls = error.object_type if isinstance(error.object_type, type) else Config
+    cls = error.object_type
     if group in plugin.GROUPS and cls is plugin.GROUPS[group]:
         known = plugin.names(group)
         message = f"sets {key} without saying of which {group} (an option of a plugin group starts from a plugin)"

@@ -47,10 +47,6 @@ def show_help(command: str | None, overrides: Sequence[str]) -> None:
     """Print the page for a command, for a choice of options, or the main page."""
     if overrides or command in ("show", "check"):
         _show_keys(overrides)
-    elif command:
-        from ftrun import cli
-
-        cli.show_command_help(command)
     else:
         _show_main()
 

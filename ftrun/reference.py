@@ -83,6 +83,11 @@ def _index() -> Iterator[str]:
     yield "\n## Keys of the run itself\n"
     others = (*options.GROUPS, "schema_version")
     yield from _keys(row for row in described.keys_of(Config, "") if row["key"] not in others)
+    yield "\n## Sweeps\n"
+    yield from _table("sweep", "", "runs every combination of")
+    for name, path in options.sweeps().items():
+        axes = " ".join(f"`{key!s}={value}`" for key, value in cast(DictConfig, OmegaConf.load(path)).items())
+        yield _row(f"`sweep={name}`", _text(options.comment(path)), axes)
 
 
 def _page(group: str) -> Iterator[str]:

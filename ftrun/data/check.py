@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ftrun.config import Config
 from ftrun.data import OnBadRow, read
 from ftrun.data.formats import understand
 from ftrun.data.read import BadRow
 from ftrun.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from ftrun.config import Config
 
 FIRST_ROWS = 1000
 MOST_PROBLEMS = 5

@@ -4,58 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ftrun.data import Packing
+from ftrun.worker.batches import Batch, collator, pad
 from ftrun.worker.encode import IGNORED
-from ftrun.worker.training import Run, RunTrainer
+from ftrun.worker.training import RunTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Batch = dict[str, torch.Tensor]
-
-
-def collator(run: Run) -> Callable[[list[Any]], Batch]:
-    """Return what makes a batch of encoded rows."""
-    if run.cfg.data.packing is Packing.none:
-        return lambda rows: pad(rows, int(run.tokenizer.pad_token_id or 0))
-    return flatten
-
-
-def pad(rows: list[Any], pad_id: int) -> Batch:
-    """Fill rows up to the longest, on the right.
-
-    Returns:
-        ``input_ids``, ``labels`` and ``attention_mask``, each of shape (rows, longest).
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def filled(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (longest - len(values))
-
-    return {
-        "input_ids": torch.tensor([filled(row["input_ids"], pad_id) for row in rows]),
-        "labels": torch.tensor([filled(row["labels"], IGNORED) for row in rows]),
-        "attention_mask": torch.tensor([filled([1] * len(row["input_ids"]), 0) for row in rows]),
-    }
-
-
-def flatten(rows: list[Any]) -> Batch:
-    """Put packed sequences behind one another, in one row.
-
-    Without an attention mask, transformers keeps apart what the positions say are different rows.
-
-    Returns:
-        ``input_ids``, ``labels`` and ``position_ids``, each of shape (1, all tokens).
-    """
-    names = ("input_ids", "labels", "position_ids")
-    return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in names}
 
 
 class CausalTrainer(RunTrainer):
@@ -76,7 +37,7 @@ class CausalTrainer(RunTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Batch the rows as the config says."""
-        self.data_collator = collator(self.run)
+        self.data_collator = collator(self.run.cfg.data, self.run.pad_id)
         return super().get_train_dataloader()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -109,7 +70,7 @@ class CausalTrainer(RunTrainer):
             self.run.rows.eval[self.args.process_index :: self.args.world_size],
         )
         for start in range(0, len(mine), size):
-            batch = pad(mine[start : start + size], int(self.run.tokenizer.pad_token_id or 0))
+            batch = pad(mine[start : start + size], self.run.pad_id)
             yield {name: value.to(self.args.device) for name, value in batch.items()}
 
 

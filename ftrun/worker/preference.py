@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ftrun import events
-from ftrun.worker.causal import Batch, labelled_logits, labelled_positions, pad
+from ftrun.worker.batches import Batch, pad
+from ftrun.worker.causal import labelled_logits, labelled_positions
 from ftrun.worker.training import RunTrainer
 
 
@@ -56,9 +57,7 @@ class PreferenceTrainer(RunTrainer):
 
     def _collate(self, pairs: list[Any]) -> Batch:
         """Put the chosen sequences of a batch above the rejected ones, so that one forward pass serves both."""
-        batch = pad(
-            [pair[side] for side in ("chosen", "rejected") for pair in pairs], int(self.run.tokenizer.pad_token_id or 0)
-        )
+        batch = pad([pair[side] for side in ("chosen", "rejected") for pair in pairs], self.run.pad_id)
         if "reference" in pairs[0]:
             batch["reference"] = torch.tensor([pair["reference"] for pair in pairs]).T
         return batch

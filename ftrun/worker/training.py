@@ -24,6 +24,7 @@ from ftrun.errors import RunFailed
 from ftrun.record import Result
 from ftrun.train import Precision
 from ftrun.worker import ending, loading, parameters, stop
+from ftrun.worker.batches import collator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ class Run:
         self.cfg = cfg
         self.rows = rows
         self.tokenizer = tokenizer
+        self.pad_id = int(tokenizer.pad_token_id or 0)
         self.folder = cfg.folder
         self.name = self.folder.name
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -59,9 +61,7 @@ class Run:
 
     def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen."""
-        from ftrun.worker.causal import collator
-
-        collate, size = collator(self), self.cfg.train.micro_batch_size
+        collate, size = collator(self.cfg.data, self.pad_id), self.cfg.train.micro_batch_size
         sequences = [row.get("chosen", row) for row in self.rows.train[: count * size]]
         return [collate(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 

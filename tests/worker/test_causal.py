@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftrun.worker import builtin, causal, encode
+from ftrun.worker import batches, builtin, causal, encode
 
 ROWS: list[Any] = [
     {"input_ids": list(range(5, 5 + n)), "labels": [encode.IGNORED] * (n // 3) + list(range(5 + n // 3, 5 + n))}
@@ -43,7 +43,7 @@ def gradient(net: Any, loss: torch.Tensor) -> torch.Tensor:
 def test_equals_the_formula_row_by_row(attention, batch):
     net = model(attention)
     expected = sum(formula(net, row) for row in ROWS)
-    made = causal.pad(ROWS, 0) if batch == "padded" else causal.flatten(encode.pack(ROWS, 32))
+    made = batches.pad(ROWS, 0) if batch == "padded" else batches.flatten(encode.pack(ROWS, 32))
     found = total(net, made)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -57,7 +57,7 @@ def test_packed_rows_do_not_see_each_other():
     changed = {"input_ids": [t + 100 for t in first["input_ids"]], "labels": first["labels"]}
     logits = []
     for row in (first, changed):
-        batch = causal.flatten(encode.pack([row, second], 32))
+        batch = batches.flatten(encode.pack([row, second], 32))
         batch.pop("labels")
         logits.append(net(**batch, use_cache=False).logits[0, len(row["input_ids"]) :])
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
@@ -67,7 +67,7 @@ def test_the_head_is_computed_for_labelled_positions_only():
     net = model()
     seen = []
     handle = net.lm_head.register_forward_hook(lambda *called: seen.append(tuple(called[-1].shape)))
-    batch = causal.pad(ROWS, 0)
+    batch = batches.pad(ROWS, 0)
     total(net, batch)
     handle.remove()
     assert seen == [(1, int((batch["labels"][:, 1:] != encode.IGNORED).sum()), 1024)]
@@ -75,7 +75,7 @@ def test_the_head_is_computed_for_labelled_positions_only():
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient():
     net = model()
-    batch = causal.pad([{"input_ids": [5, 6, 7], "labels": [encode.IGNORED] * 3}], 0)
+    batch = batches.pad([{"input_ids": [5, 6, 7], "labels": [encode.IGNORED] * 3}], 0)
     loss = total(net, batch)
     assert loss.item() == 0.0
     assert float(gradient(net, loss).abs().sum()) == 0.0
