@@ -60,7 +60,17 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     arguments: dict[str, Any] = {"dtype": _dtype(cfg), **cfg.quant.load_arguments()}
     if cfg.model.attention is not Attention.auto:
         arguments["attn_implementation"] = cfg.model.attention.value
-    loaded = _load_model(cfg.model, arguments)
+    try:
+        loaded = _load_model(cfg.model, arguments)
+    except (ValueError, ImportError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        key = "model.attention" if "attn" in first.lower() or "attention" in first.lower() else "model.path"
+        fix = (
+            "model.attention=sdpa"
+            if key == "model.attention"
+            else "a causal language model that this transformers knows"
+        )
+        raise ConfigError([Problem(key, f"{cfg.model.path} cannot be loaded: {first}", fix)]) from error
     if cfg.model.source in (Source.hub, Source.wheel):
         loaded.name_or_path = cfg.model.path  # what an adapter says it is for, wherever the files came from
     rows = loaded.get_input_embeddings().weight.shape[0]
@@ -86,13 +96,7 @@ def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, quantization_config=dequantize, **arguments
         )
-    try:
-        return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_source_arguments(model))
-    except (ValueError, ImportError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            [Problem("model", f"{model.path} cannot be loaded: {first}", "a causal language model")]
-        ) from error
+    return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_source_arguments(model))
 
 
 def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from ftrun import events, record
 from ftrun.config import Config
 from ftrun.errors import RunFailed
 from ftrun.record import Result
-from ftrun.train import Precision
+from ftrun.train import Precision, Scheduler
 from ftrun.worker import ending, loading, parameters, stop
 from ftrun.worker.batches import collator
 
@@ -102,7 +102,8 @@ def arguments(run: Run) -> dict[str, Any]:
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.grad_accumulation,
-        "lr_scheduler_type": train.scheduler.value,
+        # What transformers calls constant skips the warm-up.
+        "lr_scheduler_type": "constant_with_warmup" if train.scheduler is Scheduler.constant else train.scheduler.value,
         "warmup_steps": train.warmup_steps(run.total_steps),
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision is Precision.bf16,

@@ -1,0 +1,186 @@
+"""Every key of the shared groups does something: no option is accepted and ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ftrun.data import Data
+from ftrun.hardware import Hardware
+from ftrun.model import Model, Template
+from ftrun.train import Train
+
+BASE = (
+    "model=tiny", "hardware=cpu", "adapter=full", "optimizer.lr=1e-2", "data.path=demo:identity", "data.rows=24",
+    "train.micro_batch_size=4", "train.max_steps=6", "train.log_every=1", "stage.num_samples=1",
+)  # fmt: skip
+
+Look = Callable[[Any], Any]
+
+
+def losses(done: Any) -> Any:
+    return done.losses
+
+
+def steps_of(name: str) -> Look:
+    return lambda done: [line["step"] for line in done.metrics if name in line]
+
+
+def lrs(done: Any) -> Any:
+    return [line["lr"] for line in done.metrics if "lr" in line]
+
+
+def report(name: str) -> Look:
+    return lambda done: done.manifest["data"]["train"].get(name)
+
+
+def evaluated(done: Any) -> Any:
+    return done.metrics[0]["eval_loss"]
+
+
+def replies(done: Any) -> Any:
+    return (done.folder / "samples.jsonl").read_text()
+
+
+def report_of_tokens(done: Any) -> Any:
+    return done.metrics[-2]["tokens"]
+
+
+def checkpoints(done: Any) -> Any:
+    return sorted(path.name for path in (done.folder / "checkpoints").iterdir())
+
+
+def fact(name: str) -> Look:
+    return lambda done: json.loads((done.folder / "facts.json").read_text())[name]
+
+
+# AdamW that notes what it finds when training begins.
+PROBE = """
+import json
+from dataclasses import dataclass
+from ftrun.plugin import register
+from ftrun_plugins.optimizer.adamw import AdamW
+
+@register
+@dataclass(kw_only=True)
+class Probe(AdamW):
+    \"\"\"Notes what it finds.\"\"\"
+    name: str = "probe"
+
+    def callbacks(self, model, run):
+        import torch
+        from transformers import TrainerCallback
+
+        class Note(TrainerCallback):
+            def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+                facts = {
+                    "checkpointing": any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+                    "attention": model.config._attn_implementation,
+                    "threads": torch.get_num_threads(),
+                    "workers": train_dataloader.num_workers,
+                    "device": str(args.device),
+                }
+                (run.folder / "facts.json").write_text(json.dumps(facts))
+
+        return [Note()]
+"""
+
+
+@dataclasses.dataclass
+class Case:
+    key: str
+    words: tuple[str, ...]
+    look: Look
+    base: tuple[str, ...] = ()
+    """What both runs have besides the common words."""
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+FILES = {
+    "probe.py": PROBE,
+    "thinking.jsonl": [chat("2+2?", "<think>so</think>\n\nFour.")] * 8,
+    "some_bad.jsonl": [chat("Hi", "Hello.")] * 8 + [chat("Hi", "")],
+    "held_out.jsonl": [chat("Hi", "Hello.")] * 2,
+    "both.jsonl": [chat("Hi", "Hello.") | {"prompt": "Bye", "completion": "So long, then."}] * 8,
+}
+
+PROBED = ("plugins=[probe.py]", "optimizer=probe")
+
+CASES = [
+    Case("train.epochs", ("train.epochs=2",), steps_of("loss"), ("train.max_steps=null", "train.epochs=1")),
+    Case("train.max_steps", ("train.max_steps=4",), steps_of("loss")),
+    Case("train.micro_batch_size", ("train.micro_batch_size=3",), losses),
+    Case("train.grad_accumulation", ("train.grad_accumulation=2",), losses),
+    Case("train.shuffle", ("train.shuffle=false",), losses),
+    Case("train.scheduler", ("train.scheduler=linear",), lrs),
+    Case("train.warmup", ("train.warmup=3",), lrs),
+    Case("train.max_grad_norm", ("train.max_grad_norm=0.01",), losses, ("optimizer.eps=1e-2",)),
+    Case("train.precision", ("train.precision=bf16",), losses),
+    Case("train.gradient_checkpointing", ("train.gradient_checkpointing=true",), fact("checkpointing"), PROBED),
+    Case("train.neftune", ("train.neftune=15",), losses),
+    Case("train.log_every", ("train.log_every=2",), steps_of("loss")),
+    Case("train.eval_every", ("train.eval_every=2",), steps_of("eval_loss")),
+    Case("train.save_every", ("train.save_every=2",), checkpoints),
+    Case("train.keep_checkpoints", ("train.keep_checkpoints=1",), checkpoints, ("train.save_every=2",)),
+    Case("train.profile_steps", ("train.profile_steps=2",), lambda done: (done.folder / "profile").exists()),
+    Case("data.path", ("data.path=thinking.jsonl",), losses),
+    Case("data.rows", ("data.rows=20",), report("rows")),
+    Case("data.sources", ("data.sources=[{path:demo:identity,rows:20}]",), report("rows"), ("data.path=null",)),
+    Case("data.format", ("data.format=prompt_completion",), report("tokens"), ("data.path=both.jsonl",)),
+    Case("data.max_length", ("data.max_length=40",), report("truncated")),
+    Case("data.packing", ("data.packing=best_fit",), report("packed_into")),
+    Case("data.train_on", ("data.train_on=all",), report("tokens_learned")),
+    Case(
+        "data.train_roles",
+        ("data.train_roles=[user]",),
+        report("tokens_learned"),
+        ("data.train_on=roles", "data.train_roles=[assistant]"),
+    ),
+    Case("data.reasoning", ("data.reasoning=strip",), report("tokens"), ("data.path=thinking.jsonl",)),
+    Case("data.eval_path", ("data.eval_path=held_out.jsonl",), evaluated),
+    Case("data.eval_size", ("data.eval_size=4",), report("rows")),
+    Case("data.on_bad_row", ("data.on_bad_row=skip",), lambda done: done.code, ("data.path=some_bad.jsonl",)),
+    Case("model.path", ("model.path=other",), losses),
+    Case("model.dtype", ("model.dtype=bfloat16",), losses),
+    Case("model.attention", ("model.attention=eager",), fact("attention"), PROBED),
+    Case("template.chat_template", ("template=alpaca",), losses),
+    Case("template.stop", ("template.stop=['a']",), replies, ("optimizer.lr=1e-6",)),
+    Case("hardware.device", ("hardware.device=cuda",), lambda done: done.code),
+    Case("hardware.num_processes", ("hardware.num_processes=2",), report_of_tokens),
+    Case("hardware.num_threads", ("hardware.num_threads=2",), fact("threads"), PROBED),
+    Case("hardware.data_workers", ("hardware.data_workers=1",), fact("workers"), PROBED),
+]
+
+ELSEWHERE = {
+    "model.size": "tests of the families",
+    "model.sizes": "written by presets",
+    "model.revision": "tests of locating",
+    "model.source": "tests of locating",
+    "model.trust_remote_code": "needs a model with code of its own",
+}
+
+
+def test_every_key_has_a_case():
+    schemas = {"train": Train, "data": Data, "model": Model, "template": Template, "hardware": Hardware}
+    keys = {f"{group}.{f.name}" for group, schema in schemas.items() for f in dataclasses.fields(schema)}
+    assert keys == {case.key for case in CASES} | set(ELSEWHERE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+def test_a_key_does_something(case, ftrun, write):
+    for name, content in FILES.items():
+        write(name, content)
+    if case.key == "model.path":
+        ftrun("model=tiny", "adapter=full", "train.max_steps=2", "optimizer.lr=1e-1", "output_dir=other").sees(0)
+    without = ftrun(*BASE, *case.base)
+    with_it = ftrun(*BASE, *case.base, *case.words)
+    assert (without.code, with_it.code) == (0, 0) or case.look(without) in (0, 2)
+    assert case.look(with_it) != case.look(without)
