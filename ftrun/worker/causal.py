@@ -42,17 +42,15 @@ class CausalTrainer(RunTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the mean loss over all labelled tokens of the evaluation rows, however they are batched."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        sums = [0.0, 0.0, 0.0]
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self._eval_batches():
                 logits, targets = labelled_logits(self.model, self.model, batch)
                 loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
                 right = (logits.argmax(-1) == targets).sum()
-                totals += torch.stack(
-                    [loss.double(), right.double(), torch.tensor(float(len(targets)), device=loss.device).double()]
-                )
-        loss_sum, right_sum, count = self.accelerator.reduce(totals).tolist()
+                sums = [total + float(new) for total, new in zip(sums, (loss, right, len(targets)), strict=True)]
+        loss_sum, right_sum, count = self.over_processes(sums)
         loss = loss_sum / count
         metrics = {
             "eval_loss": loss,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ftrun import events
 from ftrun.worker.batches import Batch, pad
 from ftrun.worker.causal import labelled_logits, labelled_positions
-from ftrun.worker.training import RunTrainer
+from ftrun.worker.training import RunTrainer, add
 
 
 def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -100,14 +100,13 @@ class PreferenceTrainer(RunTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the mean loss and metrics over the evaluation pairs."""
         self.model.eval()
-        found: dict[str, list[torch.Tensor]] = {}
+        sums: dict[str, list[float]] = {}
         mine = self.run.rows.eval[self.args.process_index :: self.args.world_size]
         for pairs in _chunks(mine, self.args.per_device_eval_batch_size):
             with torch.no_grad(), self.accelerator.autocast():
                 losses, metrics = self._loss(self.model, self._on_device(self._collate(pairs)))
-            for name, values in ({"loss": losses} | metrics).items():
-                found.setdefault(f"eval_{name}", []).append(values)
-        means = self.means({name: torch.cat(values) for name, values in found.items()})
+            add(sums, {f"eval_{name}": values for name, values in ({"loss": losses} | metrics).items()})
+        means = self.means(sums)
         self.log(dict(means))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
         return means

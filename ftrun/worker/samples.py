@@ -13,22 +13,14 @@ from ftrun.data.formats import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ftrun.worker.encode import Rows
     from ftrun.worker.training import Run
-
-
-def prompts(stage: Any, rows: Rows) -> list[list[Message]]:
-    """Return the conversations to reply to: the stage's own prompts, or those of the first evaluation rows."""
-    if stage.sample_prompts:
-        return [[{"role": "user", "content": text}] for text in stage.sample_prompts]
-    return rows.eval_prompts[: stage.num_samples]
 
 
 class Samples(TrainerCallback):
     """Replies to the same prompts at each evaluation, and writes them down."""
 
-    def __init__(self, run: Run, prompts: list[list[Message]]) -> None:
-        self.run, self.prompts = run, prompts
+    def __init__(self, run: Run, prompts: list[list[Message]], max_new_tokens: int) -> None:
+        self.run, self.prompts, self.max_new_tokens = run, prompts, max_new_tokens
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Generate the replies on the first process."""

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from ftrun.config import Config
 from ftrun.errors import RunFailed
 from ftrun.record import Result
 from ftrun.train import Precision, Scheduler
-from ftrun.worker import ending, loading, parameters, stop
+from ftrun.worker import encode, ending, loading, parameters, stop
 from ftrun.worker.batches import collator
 
 if TYPE_CHECKING:
@@ -173,53 +173,44 @@ class RunTrainer(Trainer):
         """Write one line of metrics, and tell the trackers and the driver."""
         if "train_runtime" in logs:  # transformers' closing summary, which counts from the last resume only
             return
+        if "loss" in logs:
+            logs |= self._counted() | self._speed()
+        super().log(logs)
         values = {"lr" if name == "learning_rate" else name: value for name, value in logs.items() if name != "epoch"}
-        if "loss" in values:
-            values |= self._counted() | self._speed()
-        if not all(math.isfinite(value) for name, value in values.items() if name in ("loss", "grad_norm")):
-            raise RunFailed(
-                f"the loss is {values['loss']} at step {self.state.global_step} (grad_norm {values.get('grad_norm')})"
-            )
-        super().log(logs | {name: value for name, value in values.items() if name not in ("lr",)})
-        line = {
-            "step": self.state.global_step,
-            "epoch": round(self.state.epoch or 0.0, 6),
-            "time": round(time.time(), 3),
-            **values,
-        }
+        at = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6), "time": round(time.time(), 3)}
         if self.run.is_main:
-            record.append_line(self.run.folder / record.METRICS, line)
-            print(json.dumps(line), flush=True)  # noqa: T201 (log.txt)
-            events.send("log", **line)
+            record.append_line(self.run.folder / record.METRICS, at | values)
+            print(json.dumps(at | values), flush=True)  # noqa: T201 (log.txt)
+            events.send("log", **at, **values)
+        if not math.isfinite(logs.get("loss", 0.0) + logs.get("grad_norm", 0.0)):
+            raise RunFailed(
+                f"the loss is {logs['loss']} and its gradient's norm {logs['grad_norm']} at step {at['step']}"
+            )
 
     def count(self, metrics: dict[str, torch.Tensor]) -> None:
         """Take a batch's metrics, one value an example, into the means of the next line."""
-        for name, values in metrics.items():
-            total = self._sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(values.sum())
-            total[1] += len(values)
+        add(self._sums, metrics)
 
     def _counted(self) -> dict[str, float]:
         """Return the means over all processes since the last line."""
         sums, self._sums = self._sums, {}
-        return self._reduced(sums)
+        return self.means(sums)
 
-    def means(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Return the means over all examples of all processes."""
-        return self._reduced({name: [float(values.double().sum()), len(values)] for name, values in metrics.items()})
+    def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        """Return the mean of each metric over all processes, from each process's [sum, count]."""
+        totals = self.over_processes([value for pair in sums.values() for value in pair])
+        return {name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums)}
 
-    def _reduced(self, sums: dict[str, list[float]]) -> dict[str, float]:
-        if not sums:
-            return {}
-        totals = self.accelerator.reduce(
-            torch.tensor(list(sums.values()), device=self.args.device, dtype=torch.float64)
-        )
-        return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True)}
+    def over_processes(self, values: list[float]) -> list[float]:
+        """Return each value summed over all processes."""
+        if self.run.world_size == 1 or not values:
+            return values
+        tensor = torch.tensor(values, device=self.args.device, dtype=torch.float64)
+        return self.accelerator.reduce(tensor).tolist()
 
     def _speed(self) -> dict[str, float]:
         """Return the tokens of all processes so far, and per second of training since the last line."""
-        mine = torch.tensor(float(self.tokens), device=self.args.device, dtype=torch.float64)
-        total = int(self.accelerator.reduce(mine).item())
+        total = int(self.over_processes([float(self.tokens)])[0])
         rate = (total - self._tokens_logged) / max(self.busy, 1e-9)
         self._tokens_logged, self.busy = total, 0.0
         return {"tokens": total, "tokens_per_second": round(rate, 1)}
@@ -258,6 +249,17 @@ class RunTrainer(Trainer):
         self._total_loss_scalar, self._sums = state["loss_logged"], state["sums"]
         self._tr_loss.fill_(state["loss_since_log"])
         self._globalstep_last_logged = state["step_of_log"]
+
+
+def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
+    """Add a batch's metrics, one value an example, to each metric's [sum, count], in place."""
+    for name, values in metrics.items():
+        total = sums.setdefault(name, [0.0, 0.0])
+        total[0] += float(values.sum())
+        total[1] += len(values)
+
+
+Trainer_ = TypeVar("Trainer_", bound=RunTrainer)
 
 
 def num_tokens(batch: dict[str, torch.Tensor]) -> int:
@@ -324,32 +326,27 @@ class Conduct(TrainerCallback):
 
     def _told_to_stop(self) -> bool:
         """Tell whether any process was: all must stop after the same step."""
-        told = stop.requested() is not None
-        if self.run.world_size == 1:
-            return told
-        flag = torch.tensor(float(told), device=self.trainer.args.device)
-        return bool(self.trainer.accelerator.reduce(flag).item())
+        return bool(self.trainer.over_processes([float(stop.requested() is not None)])[0])
 
 
-def build(cls: type[RunTrainer], model: nn.Module, run: Run, **more: Any) -> RunTrainer:
+def prepare(cfg: Config) -> tuple[nn.Module, Run]:
+    """Load what every training stage starts with: tokenizer, rows, model, adapter."""
+    tokenizer = loading.tokenizer(cfg)
+    rows = encode.load(cfg, tokenizer)
+    model = loading.model(cfg, tokenizer)
+    run = Run(cfg, rows, tokenizer)
+    return cfg.adapter.apply(model, run), run
+
+
+def build(cls: type[Trainer_], model: nn.Module, run: Run) -> Trainer_:
     """Make a trainer of the class that a stage names, with the callbacks of every plugin of the run."""
     _say_what_trains(model)
-    trainer = cls(
-        model=model,
-        args=TrainingArguments(**arguments(run)),
-        train_dataset=run.rows.train,
-        processing_class=run.tokenizer,
-        **more,
-    )
-    return prepare(trainer, run)
-
-
-def prepare(trainer: RunTrainer, run: Run) -> RunTrainer:
-    """Bind a trainer to its run."""
+    args = TrainingArguments(**arguments(run))
+    trainer = cls(model=model, args=args, train_dataset=run.rows.train, processing_class=run.tokenizer)
     trainer.run = run
     trainer.remove_callback(PrinterCallback)
     for option in run.cfg.chosen:
-        for callback in option.callbacks(trainer.model, run):
+        for callback in option.callbacks(model, run):
             trainer.add_callback(callback)
     return trainer
 

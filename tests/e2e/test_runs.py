@@ -106,3 +106,10 @@ def test_packing_trains_on_every_token_once(ftrun):
     report = packed.manifest["data"]["train"]
     assert report["packing_efficiency"] > 0.95
     assert packed.metrics[0]["eval_loss"] == pytest.approx(padded.metrics[0]["eval_loss"])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(ftrun):
+    done = ftrun(*TINY, "adapter=full", "optimizer.lr=1e20", "train.max_grad_norm=0", "train.max_steps=50").sees(1)
+    assert "the loss is nan" in done.err or "the loss is inf" in done.err
+    assert done.result.status == "failed"
+    assert done.result.step < 50

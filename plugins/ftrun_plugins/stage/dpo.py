@@ -39,14 +39,10 @@ class DPO(Stage):
 
     def run(self, cfg: Config) -> Result:
         """Load, encode, note what the reference thinks, train, and say how it went."""
-        from ftrun.worker import encode, loading, training
+        from ftrun.worker import training
         from ftrun.worker.preference import PreferenceTrainer, dpo_loss
 
-        tokenizer = loading.tokenizer(cfg)
-        rows = encode.load(cfg, tokenizer)
-        model = loading.model(cfg, tokenizer)
-        run = training.Run(cfg, rows, tokenizer)
-        model = cfg.adapter.apply(model, run)
+        model, run = training.prepare(cfg)
         trainer = training.build(PreferenceTrainer, model, run)
         trainer.beta = self.beta
         trainer.loss_of_pairs = functools.partial(dpo_loss, beta=self.beta, label_smoothing=self.label_smoothing)

@@ -28,12 +28,8 @@ class Pretrain(Stage):
 
     def run(self, cfg: Config) -> Result:
         """Load, encode, train, and say how it went."""
-        from ftrun.worker import encode, loading, training
+        from ftrun.worker import training
         from ftrun.worker.causal import CausalTrainer
 
-        tokenizer = loading.tokenizer(cfg)
-        rows = encode.load(cfg, tokenizer)
-        model = loading.model(cfg, tokenizer)
-        run = training.Run(cfg, rows, tokenizer)
-        model = cfg.adapter.apply(model, run)
+        model, run = training.prepare(cfg)
         return training.fit(training.build(CausalTrainer, model, run))

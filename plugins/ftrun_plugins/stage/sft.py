@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,8 +13,12 @@ from ftrun.model import Attention
 from ftrun.plugin import Stage, register
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
+
     from ftrun.config import Config
     from ftrun.record import Result
+    from ftrun.worker.training import Run
 
 
 @register
@@ -49,14 +53,15 @@ class SFT(Stage):
 
     def run(self, cfg: Config) -> Result:
         """Load, encode, train, and say how it went."""
-        from ftrun.worker import encode, loading, samples, training
+        from ftrun.worker import training
         from ftrun.worker.causal import CausalTrainer
 
-        tokenizer = loading.tokenizer(cfg)
-        rows = encode.load(cfg, tokenizer)
-        model = loading.model(cfg, tokenizer)
-        run = training.Run(cfg, rows, tokenizer)
-        model = cfg.adapter.apply(model, run)
-        trainer = training.build(CausalTrainer, model, run)
-        trainer.add_callback(samples.Samples(run, samples.prompts(self, rows)))
-        return training.fit(trainer)
+        model, run = training.prepare(cfg)
+        return training.fit(training.build(CausalTrainer, model, run))
+
+    def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
+        """Show sample replies at each evaluation."""
+        from ftrun.worker.samples import Samples
+
+        own = [[{"role": "user", "content": text}] for text in self.sample_prompts]
+        return [Samples(run, own or run.rows.eval_prompts[: self.num_samples], self.sample_tokens)]
