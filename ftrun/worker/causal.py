@@ -51,11 +51,10 @@ class CausalTrainer(RunTrainer):
                 right = (logits.argmax(-1) == targets).sum()
                 sums = [total + float(new) for total, new in zip(sums, (loss, right, len(targets)), strict=True)]
         loss_sum, right_sum, count = self.over_processes(sums)
-        loss = loss_sum / count
         metrics = {
-            "eval_loss": loss,
+            "eval_loss": loss_sum / count,
             "eval_token_accuracy": right_sum / count,
-            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_perplexity": math.exp(min(loss_sum / count, 700.0)),
         }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -63,10 +62,8 @@ class CausalTrainer(RunTrainer):
 
     def _eval_batches(self) -> Iterator[Batch]:
         """Yield this process's share of the evaluation rows, each row once over all processes."""
-        size, mine = (
-            self.args.per_device_eval_batch_size,
-            self.run.rows.eval[self.args.process_index :: self.args.world_size],
-        )
+        size = self.args.per_device_eval_batch_size
+        mine = self.run.rows.eval[self.args.process_index :: self.args.world_size]
         for start in range(0, len(mine), size):
             batch = pad(mine[start : start + size], self.run.pad_id)
             yield {name: value.to(self.args.device) for name, value in batch.items()}

@@ -183,9 +183,8 @@ class RunTrainer(Trainer):
             print(json.dumps(at | values), flush=True)  # noqa: T201 (log.txt)
             events.send("log", **at, **values)
         if not math.isfinite(logs.get("loss", 0.0) + logs.get("grad_norm", 0.0)):
-            raise RunFailed(
-                f"the loss is {logs['loss']} and its gradient's norm {logs['grad_norm']} at step {at['step']}"
-            )
+            numbers = f"the loss is {logs['loss']} and its gradient's norm {logs.get('grad_norm')}"
+            raise RunFailed(f"{numbers} at step {at['step']}; a lower optimizer.lr, or train.max_grad_norm=1, may help")
 
     def count(self, metrics: dict[str, torch.Tensor]) -> None:
         """Take a batch's metrics, one value an example, into the means of the next line."""
