@@ -24,9 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
-    except SystemExit:  # argparse has printed a command's own help
-        return 0
+        try:
+            code = _dispatch(words)
+        except SystemExit:  # argparse has printed a command's own help
+            code = 0
+        sys.stdout.flush()  # here, not when the interpreter ends: a reader that is gone is no error
+        return code
     except FtrunError as error:
         _show_error(error)
         return error.exit_code
@@ -57,9 +60,7 @@ def _run(words: list[str]) -> int:
     if multirun := _without_multirun(words):
         from ftrun import sweep
 
-        _refuse_options(multirun)
         return summary.conclude_sweep(*sweep.run(multirun))
-    _refuse_options(words)
     return summary.conclude(launch.run(words))
 
 
@@ -74,7 +75,6 @@ def _resume(words: list[str]) -> int:
 def _show(words: list[str]) -> int:
     from ftrun import config
 
-    _refuse_options(words)
     print(config.compose(words).to_yaml(), end="")  # noqa: T201
     return 0
 
@@ -86,10 +86,8 @@ def _check(words: list[str]) -> int:
     if multirun := _without_multirun(words):
         from ftrun import sweep
 
-        _refuse_options(multirun)
         console.print(f"[green]no problems[/] in {len(sweep.check(multirun))} runs")
         return 0
-    _refuse_options(words)
     launch.check(words)
     console.print("[green]no problems[/]")
     return 0
@@ -180,22 +178,6 @@ def _without_multirun(words: Sequence[str]) -> list[str]:
     """Return the words besides ``-m`` if that is among them, else nothing."""
     rest = [word for word in words if word not in ("-m", "--multirun")]
     return rest if len(rest) < len(words) else []
-
-
-def _refuse_options(words: Sequence[str]) -> None:
-    from ftrun.errors import Problem
-
-    problems = [
-        Problem(
-            word,
-            "is no option of ftrun, whose settings are KEY=VALUE",
-            f"{word.lstrip('-').replace('-', '_').partition('=')[0]}=VALUE, without dashes",
-        )
-        for word in words
-        if word.startswith("-")
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _show_error(error: FtrunError) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ftrun import options, plugin
 
@@ -24,7 +26,7 @@ _ftrun() {
     fi
     [[ "${COMPREPLY[0]}" == *[=.] ]] && compopt -o nospace
 }
-complete -F _ftrun ftrun
+complete -o default -F _ftrun ftrun
 # to install: ftrun completion bash >> ~/.bashrc""",
     "zsh": """\
 #compdef ftrun
@@ -91,23 +93,47 @@ def _schema(before: Sequence[str], group: str) -> type | None:
     if group not in plugin.GROUPS:
         hint = typing.get_type_hints(Config).get(group)
         return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-    chosen = [word.partition("=")[2] for word in before if word.startswith(f"{group}=")]
-    name = chosen[-1] if chosen else {"stage": "sft", "adapter": "lora", "optimizer": "adamw"}.get(group, "none")
+    name = _chosen(before, group) or {"stage": "sft", "adapter": "lora", "optimizer": "adamw"}.get(group, "none")
+    while (file := options.yaml_file(f"{group}/{name}")) and (found := re.search(r"[\[\s-](\w+)", _defaults(file))):
+        name = found[1]  # a preset: what it derives from
     try:
         return plugin.get(group, name)
     except (LookupError, plugin.PluginError):
         return None
 
 
+def _chosen(before: Sequence[str], group: str) -> str:
+    return next((word.partition("=")[2] for word in reversed(before) if word.startswith(f"{group}=")), "")
+
+
+def _defaults(file: Path) -> str:
+    found = re.search(r"^defaults:(.*(?:\n +-.*)*)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1] if found else ""
+
+
 def _keys(before: Sequence[str], group: str) -> Iterator[str]:
-    cls = _schema(before, group)
-    if cls and group != "tracker":
-        yield from (f"{group}.{f.name}" for f in dataclasses.fields(cls) if f.name != "name")
+    if group == "tracker":
+        for name in re.findall(r"\w+", _chosen(before, group)):
+            if plugin.exists(group, name):
+                fields = dataclasses.fields(plugin.get(group, name))
+                yield from (f"tracker.{name}.{f.name}" for f in fields if f.name != "name")
+    elif cls := _schema(before, group):
+        yield from (f"{group}.{f.name}" for f in dataclasses.fields(cls) if f.name not in ("name", "sizes"))
 
 
 def _values(before: Sequence[str], key: str) -> Iterator[str]:
-    group, _, name = key.partition(".")
-    cls = _schema(before, group)
+    from ftrun.config import Config
+
+    if key == "model.size":
+        file = options.yaml_file(f"model/{_chosen(before, 'model') or 'smollm2'}")
+        yield from re.findall(r"^  ([\w.-]+): ", file.read_text(encoding="utf-8") if file else "", re.MULTILINE)
+        return
+    group, _, name = key.rpartition(".")
+    if group.startswith("tracker."):
+        tracker = group.partition(".")[2]
+        cls = plugin.get("tracker", tracker) if plugin.exists("tracker", tracker) else None
+    else:
+        cls = _schema(before, group) if group else Config
     hint = typing.get_type_hints(cls).get(name) if cls else None
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         yield from (str(member.value) for member in hint)

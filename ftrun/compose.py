@@ -8,8 +8,10 @@ with the tree they lead to by `ftrun.diagnose`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
@@ -23,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftrun import diagnose, options, plugin, words
-from ftrun.errors import Problem
+from ftrun.errors import ConfigError, Problem
 
 ROOT = "ftrun"
 """Name of the primary config, conf/ftrun.yaml."""
@@ -54,11 +56,17 @@ class PluginSource(ConfigSource):
             cls = plugin.get(group, name)
         except LookupError as error:
             raise ConfigLoadError(f"no plugin {error}") from None
+        try:
+            config = OmegaConf.structured(cls)
+        except OmegaConfBaseException as error:
+            raise plugin.PluginError(
+                f"{group}={name} has a field that is wrong: {error.full_key}: {str(error).splitlines()[0]}"
+            ) from None
         package = f"tracker.{name}" if group == "tracker" else None
         return ConfigResult(
             provider=self.provider,
             path=f"ftrun://{config_path}",
-            config=OmegaConf.structured(cls),
+            config=config,
             header={"package": package},
         )
 
@@ -82,13 +90,42 @@ class PluginSource(ConfigSource):
         return config_path.removesuffix(".yaml")
 
 
+class WorkingConf(FileConfigSource):
+    """The working folder's own ./conf, of which only what lies in ftrun's groups is looked at."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme of search-path entries that this class serves."""
+        return "conf"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Read an option, and refuse one that Hydra would misunderstand."""
+        file = Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml")
+        try:
+            found = super().load_config(config_path)
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise ConfigError([diagnose.unreadable(file, error)]) from error
+        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        if problems := list(diagnose.misunderstood(file, group, name, found)):
+            raise ConfigError(problems)
+        return found
+
+    def is_group(self, config_path: str) -> bool:
+        """Tell whether a path is one of the groups, and is there."""
+        return config_path in ("", *options.GROUPS) and super().is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        """Tell whether a path is an option of one of the groups."""
+        return config_path.rpartition("/")[0] in options.GROUPS and super().is_config(config_path)
+
+
 class SearchPath(SearchPathPlugin):
     """Puts ./conf first, and the plugins last, on Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add both places."""
         if (mine := options.working_conf()) is not None:
-            search_path.prepend(provider="./conf", path=f"file://{mine}")
+            search_path.prepend(provider="./conf", path=f"{WorkingConf.scheme()}://{mine}")
         search_path.append(provider="plugins", path="ftrun://plugins")
 
 
@@ -104,17 +141,21 @@ def compose_tree(overrides: Sequence[str], schema: type) -> tuple[DictConfig | N
         wrong with the words, the options they choose and the keys they set.
     """
     ConfigStore.instance().store(name="schema", node=schema, provider="ftrun")
-    chosen, values, problems = words.read(overrides)
+    chosen, typed, problems = words.read(overrides)
+    values = [override for override in typed if not override.is_sweep_override()]
     node: DictConfig | None
     try:
         node = _compose([*chosen, *values])
     except plugin.PluginError as error:
         return None, [*problems, diagnose.broken_plugin(error, chosen)]
+    except ConfigError as error:
+        return None, [*problems, *error.problems]
     except _CANNOT_COMPOSE:
         node, found = _without_wrong_values(chosen, values)
         problems += found
     if node is None:
         return None, problems
+    problems += [diagnose.several_values(node, override) for override in typed if override.is_sweep_override()]
     unset = list(diagnose.unset(node))
     return None if unset else node, [*problems, *diagnose.unknown_keys(node), *unset]
 
@@ -136,7 +177,7 @@ def _without_wrong_values(
 
 def _compose(overrides: Sequence[Override]) -> DictConfig:
     registry = Plugins.instance()
-    for cls in (PluginSource, SearchPath):
+    for cls in (PluginSource, WorkingConf, SearchPath):
         if cls not in registry.class_name_to_class.values():
             registry.register(cls)
     with initialize_config_dir(str(options.CONF), version_base="1.3", job_name="ftrun"):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ftrun import fields, model, plugin, record
 from ftrun.data import Data, Format, TrainOn
-from ftrun.data.formats import KINDS
+from ftrun.data.formats import KINDS, ROLES
 from ftrun.errors import ConfigError, Problem, did_you_mean
 from ftrun.fields import MISSING
 from ftrun.hardware import Hardware
@@ -143,6 +143,8 @@ def examine(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
         return None, problems
     cfg = cast(Config, OmegaConf.to_object(node))
     problems += [*model.pick_size(cfg.model), *fields.out_of_range(cfg)]
+    if cfg.data.path == "":
+        problems.append(Problem("data.path", "has no value", "data.path=FILE"))
     if cfg.data.path is None and not cfg.data.sources:
         cfg.data.path = cfg.stage.default_data or None
     if cfg.optimizer.lr is None:
@@ -182,6 +184,10 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
         yield Problem("data.sources", "data.path says already where rows come from", "one of them")
     if data.train_on is TrainOn.roles and not data.train_roles:
         yield Problem("data.train_roles", "data.train_on=roles needs it", "data.train_roles=[assistant]")
+    for role in data.train_roles:
+        if role not in (known := sorted(set(ROLES.values()))):
+            message = f"there is no role {role}{did_you_mean(role, known)}"
+            yield Problem("data.train_roles", message, f"some of {', '.join(known)}")
     if data.train_roles and data.train_on is not TrainOn.roles:
         yield Problem("data.train_roles", f"data.train_on={data.train_on} does not read it", "data.train_on=roles")
     if data.eval_path and data.eval_size:
@@ -206,6 +212,11 @@ def _unread(cfg: Config) -> Iterator[Problem]:
     """Yield each key of the shared groups that is off its default and that nothing in this run reads."""
     patterns = [*_CORE_READS, *(pattern for option in cfg.chosen for pattern in option.reads)]
     for group in ("model", "template", "data", "train"):
+        changed = any(value != default for _, value, default in _leaves(getattr(cfg, group), group))
+        if changed and not any(pattern.startswith(f"{group}.") for pattern in patterns):
+            message = f"stage={cfg.stage.name} does not read it, so it would change nothing"
+            yield Problem(group, message, f"leave {group}=... and its keys out")
+            continue
         for key, value, default in _leaves(getattr(cfg, group), group):
             if value != default and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
                 yield Problem(

@@ -10,10 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `ftrun.cli`: rich would end with exit code 1."""
+        raise
+
+
+console = _Console(highlight=False)
 """Where results go."""
 
-errors = Console(stderr=True, highlight=False)
+errors = _Console(stderr=True, highlight=False)
 """Where problems go."""
 
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -47,8 +48,9 @@ def out_of_range(node: Any, prefix: str = "") -> Iterator[Problem]:
         if isinstance(value, int | float):
             bounds = field.metadata.get("bounds", {}) if field else {}
             # A NaN satisfies no bound, which is the wanted outcome.
-            if field and not all(_HOLDS[sign](value, bound) for sign, bound in bounds.items()):
-                yield Problem(key, f"{value} is out of range", f"{key}=X with X {range_text(field)}")
+            if not math.isfinite(value) or not all(_HOLDS[sign](value, bound) for sign, bound in bounds.items()):
+                wanted = range_text(field) if field and bounds else "finite"
+                yield Problem(key, f"{value} is out of range", f"{key}=X with X {wanted}")
         else:
             yield from out_of_range(value, f"{key}.")
 

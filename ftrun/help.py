@@ -161,14 +161,17 @@ def show_list(what: str | None, *, as_json: bool) -> None:
     table = _plain_table()
     for row in rows:
         first, *rest = row.values()
-        table.add_row(f"[cyan]{escape(str(first))}[/]", *(escape(text_of(cell)) for cell in rest))
+        table.add_row(
+            f"[cyan]{escape(str(first))}[/]",
+            *(escape(", ".join(cell) if isinstance(cell, list) else text_of(cell)) for cell in rest),
+        )
     console.print(table)
 
 
 def _listed(what: str | None) -> Iterator[dict[str, Any]]:
     if what is None:
         for group, about in options.GROUPS.items():
-            yield {"group": group, "about": about, "options": ", ".join(options.names(group))}
+            yield {"group": group, "about": about, "options": options.names(group)}
         return
     group, _, option = what.partition("=")
     if group not in options.GROUPS:
@@ -188,6 +191,7 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
 def _keys_of(group: str, option: str) -> Iterator[dict[str, Any]]:
     """Yield the keys of one option: a plugin's fields, or what a preset sets."""
     cls, prefix = _shared(group), f"{group}."
+    preset = {row["key"]: row["default"] for row in _preset(group, option)} if cls else {}
     if options.yaml_file(f"{group}/{option}") is None:
         cls = plugin.get(group, option)
         prefix = f"tracker.{option}." if group == "tracker" else prefix
@@ -197,11 +201,12 @@ def _keys_of(group: str, option: str) -> Iterator[dict[str, Any]]:
     node, docs, hints = cls(), fields.docs(cls), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name not in ("name", "sizes"):
+            sizes = [key.rpartition("sizes.")[2] for key in preset if ".sizes." in key] if f.name == "size" else []
             yield {
                 "key": f"{prefix}{f.name}",
-                "default": text_of(getattr(node, f.name)),
+                "default": preset.get(f"{prefix}{f.name}", text_of(getattr(node, f.name))),
                 "type": f"{type_text(hints[f.name])} {fields.range_text(f)}".strip(),
-                "about": docs.get(f.name, ""),
+                "about": f"{docs.get(f.name, '')}{' One of ' if sizes else ''}{', '.join(sizes)}",
             }
 
 

@@ -94,6 +94,8 @@ def _occupied(cfg: Config) -> Iterator[Problem]:
         yield Problem("output_dir", f"{folder} is a file", "a folder")
     elif folder.is_dir() and any(folder.iterdir()):
         yield Problem("output_dir", f"{folder} is not empty", "a new or an empty folder")
+    elif above := next((parent for parent in folder.parents if parent.is_file()), None):
+        yield Problem("output_dir", f"{folder} cannot be made: {above} is a file", "another folder")
 
 
 def _is_taken(folder: Path) -> Problem:
@@ -134,7 +136,11 @@ def _make_folder(cfg: Config) -> Path:
     """Make the run's folder; one that nobody named gets a name nobody else has."""
     if cfg.output_dir is not None:
         folder = Path(cfg.output_dir).expanduser().resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"{folder} cannot be made: {error.strerror}"
+            raise ConfigError([Problem("output_dir", message, "another folder")]) from None
         try:  # of two that start at once, one gets the folder
             (folder / record.RESULT).open("x").close()
         except FileExistsError:

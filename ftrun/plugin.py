@@ -244,7 +244,7 @@ def load_file(path: Path) -> None:
     before = dict(_registered)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise _import_failed(str(path), error) from error
     if _registered == before:
@@ -267,12 +267,12 @@ def _import(module: str, what: str) -> None:
         raise _import_failed(f"{what} ({module})", error) from error
 
 
-def _import_failed(what: str, error: Exception) -> PluginError:
+def _import_failed(what: str, error: BaseException) -> PluginError:
     """Name the plugin and its last line that took part in the failure."""
     trace = error.__traceback__
     where = ""
     while trace:
-        if "importlib" not in trace.tb_frame.f_code.co_filename:
+        if "importlib" not in trace.tb_frame.f_code.co_filename and trace.tb_frame.f_code.co_filename != __file__:
             where = f", {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
     if isinstance(error, SyntaxError):

@@ -138,15 +138,19 @@ def _describe(root: Path) -> Iterator[dict[str, Any]]:
     for folder in record.runs(root):
         try:
             result = Result.load(folder)
-            manifest = json.loads((folder / record.MANIFEST).read_text())
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # a run that is just being frozen
+        try:
+            manifest = json.loads((folder / record.MANIFEST).read_text())
+        except (OSError, ValueError):
+            manifest = {}
+        last = _last_metrics(folder)
         yield {
             "folder": str(folder.resolve()),
             "status": result.status.value,
             "reason": result.reason,
-            "step": result.step or _last_step(folder),
-            "metrics": result.metrics,
+            "step": result.step or int(last.get("step", 0)),
+            "metrics": last | result.metrics,
             "objective": result.objective,
             "wall_seconds": result.wall_seconds,
             "started": manifest.get("started", datetime.fromtimestamp(folder.stat().st_mtime).isoformat()),
@@ -154,9 +158,9 @@ def _describe(root: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _last_step(folder: Path) -> int:
-    lines = record.read_lines(folder / record.METRICS)
-    return int(lines[-1]["step"]) if lines else 0
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """Return the last value of each metric so far."""
+    return {name: value for line in record.read_lines(folder / record.METRICS) for name, value in line.items()}
 
 
 def _cell(value: float | None) -> str:

@@ -21,6 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftrun import forkserver, launch, options, record
 from ftrun.display import console
@@ -131,8 +133,14 @@ def _sweep_file(name: str) -> list[str]:
     if name not in known:
         message = f"there is no sweep {name}{did_you_mean(name, list(known))}"
         raise ConfigError([Problem("sweep", message, f"one of {', '.join(known)}")])
-    content = OmegaConf.to_container(OmegaConf.load(known[name]))
-    assert isinstance(content, dict)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(known[name]))
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        from ftrun import diagnose
+
+        raise ConfigError([diagnose.unreadable(known[name], error)]) from None
+    if not isinstance(content, dict):
+        raise ConfigError([Problem(str(known[name]), "is a list, not KEY: VALUE", "KEY: VALUE,VALUE on each line")])
     return [f"{key!s}={value}" for key, value in content.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,11 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
     problems += _load_plugin_files(parsed)
     chosen: list[Override] = []
     values: list[Override] = []
+    recipes = {o.key_or_group: o for o in parsed if o.key_or_group in options.OPTIONAL_GROUPS and not o.is_delete()}
+    null = [group for group, last in recipes.items() if not last.is_sweep_override() and last.value() is None]
     for override in parsed:
+        if override.key_or_group in null:  # Hydra cannot choose nothing, which is what is chosen anyway
+            continue
         is_choice = override.key_or_group in options.GROUPS
         found = list(_misused(override)) or (list(_wrong_choice(override)) if is_choice else [])
         problems += found
@@ -34,6 +39,12 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
 
 
 def _parse(word: str, problems: list[Problem]) -> list[Override]:
+    if word.startswith("-"):
+        key, equals, value = word.lstrip("-").partition("=")
+        typed = f"{key.replace('-', '_')}={value if equals else 'VALUE'}"
+        fix = "`ftrun -m KEY=VALUE,VALUE` for a grid" if word in ("-m", "--multirun") else f"{typed}, without dashes"
+        problems.append(Problem(word, "is no option of ftrun, whose settings are KEY=VALUE", fix))
+        return []
     try:
         if not word.startswith("="):
             return [OverridesParser.create().parse_override(word)]
@@ -46,13 +57,34 @@ def _parse(word: str, problems: list[Problem]) -> list[Override]:
 def _syntax_problem(word: str) -> Problem:
     key, equals, value = word.partition("=")
     if not equals:
+        group, _, option = word.partition("/")
+        if group in options.GROUPS:
+            return Problem(word, "is not KEY=VALUE", f"{group}={option or 'OPTION'}")
         near = did_you_mean(word, [*options.GROUPS, *options.COMMANDS])
         return Problem(word, f"is neither a command nor KEY=VALUE{near}", "`ftrun --help` lists both")
     if not key:
         return Problem(word, "has no key before the =", "KEY=VALUE")
-    quoted = value.replace("'", "\\'")
-    why = "has characters that mean something to the grammar (one of , = : { } [ ] ( ) ' \" or spaces)"
-    return Problem(key, f"the value {value!r} {why}", f"quote it inside the shell's quotes: \"{key}='{quoted}'\"")
+    if not re.fullmatch(r"[+~]*[A-Za-z_][\w/-]*(\.\w[\w-]*)*(@[\w.:]*)?", key):
+        return Problem(key, "is not a key: a key is names with dots between them", "data.path=..., for example")
+    shown = "the value" if is_secret(key) else f"the value {value!r}"
+    why = (
+        "has characters that mean something to the grammar (one of , = : { } [ ] ( ) ~ ! ^ & ; < > ` # ' \" or spaces)"
+    )
+    return Problem(key, f"{shown} {why}", f"quote it inside the shell's quotes: {quoted(key, value)}")
+
+
+def is_secret(key: str) -> bool:
+    """Tell whether a key names where a secret is, so that a secret may have been typed there by mistake."""
+    return key.endswith("_env")
+
+
+def quoted(key: str, value: str) -> str:
+    """Return ``key=value`` as it is typed in a shell, so that Hydra's grammar takes the value for text."""
+    if is_secret(key):
+        value = "VALUE"
+    for_hydra = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    for_shell = re.sub(r'(["$`]|\\(?=[\\"$`]|$))', r"\\\1", f"{key}='{for_hydra}'")
+    return f'"{for_shell}"'
 
 
 def _load_plugin_files(parsed: Sequence[Override]) -> Iterator[Problem]:
@@ -79,21 +111,35 @@ def _misused(override: Override) -> Iterator[Problem]:
         yield Problem(key, why, "output_dir=FOLDER for the run's folder")
     elif override.is_delete():
         yield Problem(f"~{key}", "no key can be taken out of the tree", f"{key}= another value")
-    elif override.is_sweep_override():
-        value = (override.input_line or "").partition("=")[2]
-        message = f"{value} is several values, and a run takes one"
-        yield Problem(key, message, f"`ftrun -m` for a run each; a list is {key}=[...]; text is \"{key}='...'\"")
+    elif key in options.GROUPS and override.is_sweep_override():
+        yield several_values(override, "")
+    elif key == "sweep":
+        yield Problem(key, "is a grid of runs", f"ftrun -m {override.input_line}")
+    elif override.package is not None:
+        yield Problem(override.input_line or key, "an option has its place already", f"{key}={override.value()}")
     elif key == "schema_version":
         yield Problem(key, "is set by ftrun and cannot be typed", f"leave {key} out")
     elif group in plugin.GROUPS and key.endswith(".name"):
         yield Problem(key, "is set by what is chosen and cannot be typed", f"{group}=OPTION")
 
 
+def several_values(override: Override, fix: str) -> Problem:
+    """Say that a run takes one value."""
+    value = (override.input_line or "").partition("=")[2]
+    shown = "a value with commas" if is_secret(override.key_or_group) else value
+    message = f"{shown} is several values, and a run takes one"
+    return Problem(override.key_or_group, message, f"`ftrun -m` for a run each{fix}")
+
+
 def _wrong_choice(override: Override) -> Iterator[Problem]:
     group, value = override.key_or_group, override.value()
     known = options.names(group)
-    if override.is_add():
-        yield Problem(f"+{group}", f"{group} is always there and has one choice", f"{group}={value}")
+    if override.is_add() or override.is_force_add():
+        yield Problem(
+            f"{'++' if override.is_force_add() else '+'}{group}",
+            f"{group} is always there and has one choice",
+            f"{group}={value}",
+        )
     elif value is None and group not in options.OPTIONAL_GROUPS:
         neutral = next((name for name in ("none", "auto", "default", "full") if name in known), known[0])
         yield Problem(group, "cannot be null", f"{group}={neutral}")

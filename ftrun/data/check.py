@@ -23,17 +23,28 @@ MOST_PROBLEMS = 5
 def check(cfg: Config) -> Iterator[Problem]:
     """Yield what is wrong with the files and their first rows."""
     key = "data.sources" if cfg.data.sources else "data.path"
+    files: list[Path] = []
+    problems: list[Problem] = []
+    for index, source in enumerate(read.sources_of(cfg.data)):
+        if not source.path or read.is_hub_id(source.path):
+            continue
+        place = f"{key}.{index}.path" if cfg.data.sources else key
+        try:
+            found = read.find(place, source.path)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if not found.train:
+            message = f"{source.path} holds only files to evaluate on ({', '.join(file.name for file in found.eval)})"
+            problems.append(Problem(place, message, "rename the file, or name it"))
+        files += found.train
+    evaluated: list[Path] = []
     try:
-        files = [
-            file
-            for source in read.sources_of(cfg.data)
-            if not read.is_hub_id(source.path)
-            for file in read.find(key, source.path).train
-        ]
-        evaluated = read.eval_files(cfg.data)
+        if cfg.data.eval_path or (cfg.data.path != "" and not problems):
+            evaluated = read.eval_files(cfg.data)
     except ConfigError as error:
-        yield from error.problems
-        return
+        problems += error.problems
+    yield from dict.fromkeys(problems)
     for file in [*files, *evaluated]:
         if file.suffix in read.HEAVY_KINDS:
             continue
@@ -53,13 +64,10 @@ def _check_rows(cfg: Config, file: Path) -> Iterator[Problem]:
             bad.append(error.problem)
     if not count:
         yield Problem(str(file), "has no rows", "a file with rows")
-    elif len(bad) == count and count > 1:
+    elif len(bad) == count:
         first = bad[0]
-        yield Problem(
-            first.key,
-            f"{first.message} (and all of the first {count} rows are like that)",
-            first.fix.partition("; or data.on_bad_row")[0],
-        )
+        others = f" (and all of the first {count} rows are like that)" if count > 1 else ""
+        yield Problem(first.key, f"{first.message}{others}", first.fix.partition("; or data.on_bad_row")[0])
     elif cfg.data.on_bad_row is OnBadRow.error:
         yield from bad[:MOST_PROBLEMS]
         if len(bad) > MOST_PROBLEMS:

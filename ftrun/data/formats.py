@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftrun.data import Format, Reasoning
-from ftrun.data.read import BadRow, Row
+from ftrun.data.read import BadRow, Row, json_name
 
 Message = dict[str, Any]
 """``role``, ``content``, and whatever else the chat template reads (``tool_calls``, ``reasoning_content``)."""
@@ -74,15 +74,26 @@ def _message(row: Row, turn: Any, index: int) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(row, f"message {index + 1} is not an object", '{"role": "user", "content": "..."}')
     role = turn.get("role", turn.get("from"))
-    if role not in ROLES:
+    if role is None:
+        raise BadRow(row, f"message {index + 1} has no role", f"one of {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow(row, f"message {index + 1} has the role {role!r}", f"one of {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):  # OpenAI's parts
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        content = "".join(_part(row, part, index) for part in content)
     if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
         raise BadRow(row, f"message {index + 1} has no text in content", '"content": "..."')
     more = {name: value for name, value in turn.items() if name not in ("role", "from", "content", "value")}
     return {"role": ROLES[role], "content": content or "", **more}
+
+
+def _part(row: Row, part: Any, index: int) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        what = f"a part of the type {kind}" if kind not in (None, "text") else "a part without text"
+        fix = '"content": "...", or parts {"type": "text", "text": "..."}'
+        raise BadRow(row, f"message {index + 1} has {what} in content, and only text is trained on", fix)
+    return str(part["text"])
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -90,7 +101,7 @@ def _alpaca(row: Row) -> list[Message]:
     query = "\n".join(_text_of(row, name) for name in ("instruction", "input") if value.get(name))
     messages = [{"role": "system", "content": value["system"]}] if value.get("system") else []
     for turn in value.get("history") or []:
-        if not (isinstance(turn, list | tuple) and len(turn) == 2):
+        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise BadRow(row, "history is not a list of [question, answer] pairs", '"history": [["...", "..."]]')
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return [*messages, {"role": "user", "content": query}, {"role": "assistant", "content": _text_of(row, "output")}]
@@ -114,7 +125,7 @@ def _as_messages(row: Row, name: str, role: str) -> list[Message]:
 def _text_of(row: Row, name: str) -> str:
     value = row.value[name]
     if not isinstance(value, str):
-        raise BadRow(row, f"{name} is a {type(value).__name__}, not text", f'"{name}": "..."')
+        raise BadRow(row, f"{name} is {json_name(value)}, not text", f'"{name}": "..."')
     return value
 
 
@@ -185,9 +196,12 @@ def understand(row: Row, kind: str, form: Format, reasoning: Reasoning = Reasoni
     shape = next((_SHAPES[name] for name in candidates if name in _SHAPES and _SHAPES[name].fits(columns)), None)
     if shape is None:
         expected = "; or ".join(_SHAPES[name].columns() for name in candidates if name in _SHAPES)
-        raise BadRow(
-            row, f"has the columns {', '.join(columns)}, and {kind} are read from {expected}", "rename the columns"
-        )
+        has = f"has the columns {', '.join(columns)}" if columns else "has no columns"
+        others = [k for k, forms in KINDS.items() if k != kind and any(_SHAPES[f].fits(columns) for f in forms)]
+        if others:
+            has += f" (those of {' or '.join(others)})"
+        fix = f"a stage that trains on {' or '.join(others)}, or rows of {kind}" if others else "rename the columns"
+        raise BadRow(row, f"{has}, and {kind} are read from {expected}", fix)
     value = shape.read(row)
     if isinstance(value, list):
         value = Conversation([_think(message, reasoning) for message in value], row, row.value.get("tools") or None)

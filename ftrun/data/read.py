@@ -18,6 +18,7 @@ from ftrun.errors import ConfigError, Problem, did_you_mean
 DEMO = "demo:"
 _DEMOS = Path(__file__).resolve().parent.parent / "demo"
 
+csv.field_size_limit(2**31 - 1)
 _EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")
 """Files of a folder that hold rows to evaluate on, by the first part of their name."""
 
@@ -118,8 +119,12 @@ def read(file: Path) -> Iterator[Row]:
     """
     try:
         yield from _READERS[file.suffix](file)
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1 if error.end <= file.stat().st_size else 1
+    except UnicodeDecodeError:  # counted from the start of a buffer
+        data = file.read_bytes()
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
         message = "is not UTF-8 text"
         raise ConfigError(
             [Problem(f"{file}:{line}", message, f"iconv -f LATIN1 -t UTF-8 {file} (or what its encoding is)")]
@@ -205,12 +210,22 @@ def _json_array(file: Path) -> Iterator[Row]:
     if not text[start:].startswith("["):
         yield from _json_lines(file)
         return
-    decoder, position, line = json.JSONDecoder(), start + 1, text.count("\n", 0, start) + 1
+    decoder, position, line, first = json.JSONDecoder(), start + 1, text.count("\n", 0, start) + 1, True
     while True:
-        begin = _skip(text, position)
+        begin = _skip(text, position, "" if first else ",")
         line += text.count("\n", position, begin)
         if text[begin : begin + 1] == "]":
+            end = _skip(text, begin + 1, "")
+            if end < len(text):
+                line += text.count("\n", begin, end)
+                message = "is behind the end of the list of rows"
+                raise ConfigError([Problem(f"{file}:{line}", message, "a list of JSON objects, and nothing else")])
             return
+        if not first and "," not in text[position:begin]:
+            raise ConfigError(
+                [Problem(f"{file}:{line}", "is not JSON: Expecting ',' before it", "a list of JSON objects")]
+            )
+        first = False
         try:
             value, position = decoder.raw_decode(text, begin)
         except json.JSONDecodeError as error:
@@ -220,22 +235,28 @@ def _json_array(file: Path) -> Iterator[Row]:
         line += text.count("\n", begin, position)
 
 
-def _skip(text: str, position: int) -> int:
-    while text[position : position + 1] and text[position] in " \t\r\n,":
+def _skip(text: str, position: int, more: str) -> int:
+    while text[position : position + 1] and text[position] in " \t\r\n" + more:
         position += 1
     return position
 
 
 def _row(value: Any, file: Path, line: int) -> Row:
     if not isinstance(value, dict):
-        message = f"is a JSON {type(value).__name__}, not an object"
+        message = f"is {json_name(value)}, not an object"
         raise ConfigError([Problem(f"{file}:{line}", message, 'an object: {"messages": [...]}')])
     return Row(value, str(file), line)
 
 
+def json_name(value: Any) -> str:
+    """Return what JSON calls a value's type."""
+    names = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+    return "null" if value is None else names[type(value)]
+
+
 def _separated(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         try:
             for value in reader:
                 if None in value or None in value.values():

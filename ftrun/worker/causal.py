@@ -49,7 +49,8 @@ class CausalTrainer(RunTrainer):
                 logits, targets = labelled_logits(self.model, self.model, batch)
                 loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
                 right = (logits.argmax(-1) == targets).sum()
-                sums = [total + float(new) for total, new in zip(sums, (loss, right, len(targets)), strict=True)]
+                here = (loss.item(), right.item(), len(targets))
+                sums = [total + new for total, new in zip(sums, here, strict=True)]
         loss_sum, right_sum, count = self.over_processes(sums)
         metrics = {
             "eval_loss": loss_sum / count,
