@@ -234,8 +234,6 @@ def load_file(path: Path) -> None:
     except OSError as error:
         raise PluginError(f"{path} cannot be read: {error.strerror}") from None
     module_name = f"{_FILES}{path.stem}_{digest}"  # another file of the same name is another module
-    if module_name in sys.modules:
-        return
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} is no Python file")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 
@@ -16,13 +15,8 @@ GLOBAL = "# @package _global_\n"
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
-    """Compose in a folder without a conf/, and forget the plugin files: the registry lives with the process."""
+    """Compose in a folder without a conf/."""
     monkeypatch.chdir(tmp_path)
-    yield
-    for option in [option for option, cls in plugin._registered.items() if cls.__module__.startswith("ftrun_files")]:
-        del plugin._registered[option]
-    for module in [name for name in sys.modules if name.startswith("ftrun_files")]:
-        del sys.modules[module]
 
 
 def composed(*overrides: str) -> Config:

@@ -7,8 +7,6 @@ import json
 import re
 import string
 import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PackageNotFoundError
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ftrun import config, options, plugin, words
+from ftrun import config, options, words
 
 SECRET = "b5c0ffee00d1e5e1b5c0ffee00d1e5e1b5c0ffee"
 
@@ -499,16 +497,6 @@ SEVERAL = [
 ]  # fmt: skip
 
 CASES = [*KEYS, *OPTIONS, *VALUES, *MODELS, *DATA, *FOLDERS, *PLUGINS, *PRESETS, *SWEEPS, *SEVERAL]
-
-
-@pytest.fixture(autouse=True)
-def _forget_plugin_files() -> Iterator[None]:
-    """Leave no plugin of a file behind: the registry lives as long as the process."""
-    yield
-    for option in [option for option, cls in plugin._registered.items() if cls.__module__.startswith("ftrun_files")]:
-        del plugin._registered[option]
-    for module in [name for name in sys.modules if name.startswith("ftrun_files")]:
-        del sys.modules[module]
 
 
 def pretend(monkeypatch, packages: dict[str, bool]) -> None:
