@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,8 @@ from ftrun.errors import ConfigError, Problem, did_you_mean
 DEMO = "demo:"
 _DEMOS = Path(__file__).resolve().parent.parent / "demo"
 
-csv.field_size_limit(2**31 - 1)
+csv.field_size_limit(2**31 - 1)  # a cell may hold a long document
+
 _EVAL_NAMES = ("eval", "validation", "valid", "val", "dev", "test")
 """Files of a folder that hold rows to evaluate on, by the first part of their name."""
 
@@ -203,42 +205,41 @@ def _json_lines(file: Path) -> Iterator[Row]:
             yield _row(value, file, number)
 
 
+_GAP = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+"""What stands between two rows of a JSON list."""
+
+
 def _json_array(file: Path) -> Iterator[Row]:
     """Read a list of objects one by one, so that each has its line; a file of JSON lines is taken too."""
     text = file.read_text(encoding="utf-8-sig")
     start = len(text) - len(text.lstrip())
-    if not text[start:].startswith("["):
+    if not text.startswith("[", start):
         yield from _json_lines(file)
         return
+
+    def wrong(at: int, message: str) -> ConfigError:
+        return ConfigError([Problem(f"{file}:{text.count(chr(10), 0, at) + 1}", message, "a list of JSON objects")])
+
     decoder, position, line, first = json.JSONDecoder(), start + 1, text.count("\n", 0, start) + 1, True
     while True:
-        begin = _skip(text, position, "" if first else ",")
-        line += text.count("\n", position, begin)
-        if text[begin : begin + 1] == "]":
-            end = _skip(text, begin + 1, "")
-            if end < len(text):
-                line += text.count("\n", begin, end)
-                message = "is behind the end of the list of rows"
-                raise ConfigError([Problem(f"{file}:{line}", message, "a list of JSON objects, and nothing else")])
+        gap = _GAP.match(text, position)
+        assert gap  # it may be empty
+        begin = gap.end()
+        if text.startswith("]", begin):
+            rest = text[begin + 1 :].lstrip()
+            if rest:
+                raise wrong(len(text) - len(rest), "is behind the end of the list of rows")
             return
-        if not first and "," not in text[position:begin]:
-            raise ConfigError(
-                [Problem(f"{file}:{line}", "is not JSON: Expecting ',' before it", "a list of JSON objects")]
-            )
-        first = False
+        if bool(gap[1]) is first:
+            raise wrong(begin, "is not JSON: Expecting ',' before it")
+        line += text.count("\n", position, begin)
         try:
             value, position = decoder.raw_decode(text, begin)
         except json.JSONDecodeError as error:
-            message = f"is not JSON: {error.msg} at column {error.colno}"
-            raise ConfigError([Problem(f"{file}:{error.lineno}", message, "a list of JSON objects")]) from None
+            raise wrong(error.pos, f"is not JSON: {error.msg} at column {error.colno}") from None
         yield _row(value, file, line)
         line += text.count("\n", begin, position)
-
-
-def _skip(text: str, position: int, more: str) -> int:
-    while text[position : position + 1] and text[position] in " \t\r\n" + more:
-        position += 1
-    return position
+        first = False
 
 
 def _row(value: Any, file: Path, line: int) -> Row:
