@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 the input is wrong, 75 wants to be requeued, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         try:
             code = _dispatch(words)
@@ -97,9 +99,16 @@ def _list(words: list[str]) -> int:
     from ftrun import help as pages
 
     parser = _parser("list", "List the config groups, a group's options, or the keys of an option.")
+    parser.epilog = "plugins=[FILE] lists what a plugin file of your own adds, too."
     parser.add_argument("what", nargs="?", metavar="GROUP[=OPTION]", help="optimizer, or optimizer=adamw")
     parser.add_argument("--json", action="store_true", help="for machines")
-    asked = parser.parse_args(words)
+    if files := [word for word in words if word.startswith("plugins=")]:
+        from ftrun import words as typed
+
+        *_, problems = typed.read(files)
+        if problems:
+            raise ConfigError(problems)
+    asked = parser.parse_args([word for word in words if word not in files])
     pages.show_list(asked.what, as_json=asked.json)
     return 0
 

@@ -25,6 +25,8 @@ import time
 import traceback
 from pathlib import Path
 
+from ftrun.errors import ConfigError, Problem
+
 VARIABLE = "FTRUN_FORK_SERVER"
 """Environment variable by which a driver finds the server."""
 
@@ -65,9 +67,16 @@ def fork(address: str, run_file: Path, env: dict[str, str], log: int) -> Forked:
         run_file: The run's ``run.yaml``.
         env: Environment variables besides the driver's own.
         log: File descriptor that the worker prints to.
+
+    Raises:
+        ConfigError: No server answers there.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(address)
+    try:
+        connection.connect(address)
+    except OSError as error:
+        fix = f"start one (`python -m ftrun.forkserver {address} &`), or unset {VARIABLE}"
+        raise ConfigError([Problem(f"${VARIABLE}", f"no server answers at {address}: {error.strerror}", fix)]) from None
     request = {"run_file": str(run_file), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
     socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [log])
     return Forked(connection)
@@ -80,7 +89,8 @@ def start(address: str) -> subprocess.Popen[bytes]:
         RuntimeError: It died on the way.
     """
     # OpenMP reads its policy when it is loaded, so the server has it for its children.
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": policy, "PYTHONSAFEPATH": "1"}
     server = subprocess.Popen([sys.executable, "-m", "ftrun.forkserver", address], env=env)
     while not Path(address).exists():
         if server.poll() is not None:
@@ -152,8 +162,9 @@ class _Server:
 
 
 def _import_settings(env: dict[str, str]) -> dict[str, str]:
-    """Return the variables that the Hugging Face libraries read once, when they are imported."""
-    return {name: value for name, value in env.items() if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
+    """Return the variables that are read once: by the Hugging Face libraries, and by Python for its search path."""
+    read_once = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHONPATH")
+    return {name: value for name, value in env.items() if name.startswith(read_once)}
 
 
 def _child(request: dict[str, object], log: int, *, fresh: bool) -> None:

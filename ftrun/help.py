@@ -74,10 +74,11 @@ def _section(title: str, rows: dict[str, str]) -> None:
     console.print(Padding(table, (0, 0, 1, 2)))
 
 
-def _plain_table() -> Table:
+def _plain_table(columns: int = 2) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
-    table.add_column()
+    for _ in range(columns - 1):
+        table.add_column(overflow="fold")  # of the choices of a key and of an address, every letter counts
     return table
 
 
@@ -158,7 +159,7 @@ def show_list(what: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return
-    table = _plain_table()
+    table = _plain_table(len(rows[0]) if rows else 1)
     for row in rows:
         first, *rest = row.values()
         table.add_row(
@@ -185,39 +186,45 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
         raise ConfigError(
             [Problem(group, f"there is no {group} {option}{did_you_mean(option, known)}", f"one of {', '.join(known)}")]
         )
-    yield from _keys_of(group, option)
+    yield from keys(group, option)
 
 
-def _keys_of(group: str, option: str) -> Iterator[dict[str, Any]]:
-    """Yield the keys of one option: a plugin's fields, or what a preset sets."""
-    cls, prefix = _shared(group), f"{group}."
-    preset = {row["key"]: row["default"] for row in _preset(group, option)} if cls else {}
+def keys(group: str, option: str) -> Iterator[dict[str, Any]]:
+    """Yield the keys of one option: a plugin's fields, a schema's as a preset sets them, or what a recipe sets."""
     if options.yaml_file(f"{group}/{option}") is None:
-        cls = plugin.get(group, option)
-        prefix = f"tracker.{option}." if group == "tracker" else prefix
-    if cls is None:
-        yield from _preset(group, option)
-        return
+        yield from keys_of(plugin.get(group, option), f"tracker.{option}." if group == "tracker" else f"{group}.")
+    elif (cls := schema(group)) is None:
+        yield from preset(group, option)
+    else:
+        set_here = {row["key"]: row["default"] for row in preset(group, option)}
+        sizes = ", ".join(key.rpartition("sizes.")[2] for key in set_here if ".sizes." in key)
+        for row in keys_of(cls, f"{group}."):
+            row["default"] = set_here.get(row["key"], row["default"])
+            row["about"] += f" One of {sizes}" if sizes and row["key"] == "model.size" else ""
+            yield row
+
+
+def keys_of(cls: type[Any], prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the fields of a dataclass as keys: default, type with range, meaning."""
     node, docs, hints = cls(), fields.docs(cls), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name not in ("name", "sizes"):
-            sizes = [key.rpartition("sizes.")[2] for key in preset if ".sizes." in key] if f.name == "size" else []
             yield {
                 "key": f"{prefix}{f.name}",
-                "default": preset.get(f"{prefix}{f.name}", text_of(getattr(node, f.name))),
+                "default": text_of(getattr(node, f.name)),
                 "type": f"{type_text(hints[f.name])} {fields.range_text(f)}".strip(),
-                "about": f"{docs.get(f.name, '')}{' One of ' if sizes else ''}{', '.join(sizes)}",
+                "about": docs.get(f.name, ""),
             }
 
 
-def _shared(group: str) -> type[Any] | None:
+def schema(group: str) -> type[Any] | None:
     """Return the schema of a group whose options are YAML only; None for one that sets other groups' keys."""
     from ftrun.config import Config
 
     return None if group in plugin.GROUPS else typing.get_type_hints(Config).get(group)
 
 
-def _preset(group: str, option: str) -> Iterator[dict[str, Any]]:
+def preset(group: str, option: str) -> Iterator[dict[str, Any]]:
     """Yield what a preset sets."""
     from omegaconf import OmegaConf
 

@@ -157,9 +157,12 @@ def _make_folder(cfg: Config) -> Path:
 
 
 def _copy_into(folder: Path, file: Path) -> str:
+    """Copy a file, under a name that no other file there has, and return its path from the folder above."""
     folder.mkdir(exist_ok=True)
-    shutil.copy2(file.expanduser(), folder / file.name)
-    return str(Path(folder.name, file.name))
+    names = (f"{file.stem}{suffix}{file.suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
+    name = next(name for name in names if not (folder / name).exists())
+    shutil.copy2(file.expanduser(), folder / name)
+    return str(Path(folder.name, name))
 
 
 def command(hardware: Hardware, run_file: Path) -> list[str]:
@@ -216,6 +219,7 @@ def worker_environment(hardware: Hardware) -> dict[str, str]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a datasets.py in the working folder is not the package of that name
     }
     if hardware.device is Device.cpu:
         env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -253,7 +257,7 @@ def start(folder: Path) -> Result:
 
 def _conclude(folder: Path, code: int, signals: _Signals) -> Result:
     result = Result.load(folder)
-    if result.status is Status.interrupted and result.holder:  # still "running" by its own words, and gone
+    if result.holder:  # nobody said how it ended; the holder may be this process, if no worker came that far
         result.holder = None
         result.status = signals.told or Status.failed
         result.reason = "ended at once" if signals.told else _how_it_died(code)

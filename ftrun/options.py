@@ -66,27 +66,52 @@ def names(group: str) -> list[str]:
     return sorted(presets | set(plugin.names(group) if group in plugin.GROUPS else ()))
 
 
+def exists(group: str, name: str) -> bool:
+    """Tell whether a group has an option of that name."""
+    is_preset = Path(name).name == name and yaml_file(f"{group}/{name}") is not None
+    return is_preset or (group in plugin.GROUPS and plugin.exists(group, name))
+
+
 def yaml_file(option: str) -> Path | None:
     """Return the file of the YAML option ``<group>/<name>``."""
     return next((path for folder in conf_folders() if (path := folder / f"{option}.yaml").is_file()), None)
 
 
+def comment(path: Path) -> str:
+    """Return the comment that a YAML file opens with."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    comments = [line[2:].strip() for line in text.splitlines() if line.startswith("# ")]
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
 def summary(group: str, name: str) -> str:
     """Return one line on an option: a preset's opening comment, or the first line of a plugin's docstring."""
     if path := yaml_file(f"{group}/{name}"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        comments = [line[2:].strip() for line in text.splitlines() if line.startswith("# ")]
-        return next((line for line in comments if not line.startswith("@package")), "")
+        return comment(path)
+    if cls := plugin.registered(group, name):
+        return fields.summary(cls.__doc__)
     path = plugin.source(group, name)
     if path is None:
         return ""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError) as error:
-        warnings.warn(f"the plugin {group}={name} ({path}) cannot be read: {error}", stacklevel=2)
+        warnings.warn(f"the plugin {group}={name} cannot be read: {error}, {path}", stacklevel=2)
         return "cannot be imported"
     registered = [node for node in tree.body if isinstance(node, ast.ClassDef) and _is_registered(node)]
-    return fields.summary(ast.get_docstring(registered[0]) if registered else ast.get_docstring(tree))
+    named = [node for node in registered if _has_name(node, name)] or registered
+    return fields.summary(ast.get_docstring(named[0]) if named else ast.get_docstring(tree))
+
+
+def _has_name(node: ast.ClassDef, name: str) -> bool:
+    """Tell whether a plugin class says ``name: str = "<name>"``."""
+    return any(
+        isinstance(line, ast.AnnAssign)
+        and ast.unparse(line.target) == "name"
+        and isinstance(line.value, ast.Constant)
+        and line.value.value == name
+        for line in node.body
+    )
 
 
 def _is_registered(node: ast.ClassDef) -> bool:

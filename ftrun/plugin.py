@@ -3,11 +3,16 @@
 The fields of a plugin are the option's config, its methods do the work. A plugin's module is imported by the driver,
 which must stay light: torch and friends are imported inside the methods.
 
-An option ``<group>=<name>`` is looked up, in this order, as
+An option ``<group>=<name>`` is
 
 1. a class registered by a file named on the command line (``plugins=[my_file.py]``),
 2. the module ``ftrun_plugins.<group>.<name>``, of this repository or of any installed package,
-3. an entry point in the group ``ftrun.plugins`` whose name is ``<group>.<name>``.
+3. an entry point in the group ``ftrun.plugins`` whose name is ``<group>.<name>``,
+4. or what a module registers that an entry point without a dot in its name leads to (``foo = "foo_pkg.plugins"``).
+   Such a module says only by being imported what it holds, so it is imported last: for a listing, or for an option that
+   is found nowhere else.
+
+Two of one name are an error that names both.
 """
 
 from __future__ import annotations
@@ -18,8 +23,11 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, is_dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -66,7 +74,10 @@ class Plugin:
         yield from ()
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
-        """Return what must hook into the training loop, if anything."""
+        """Return what must hook into the training loop, if anything.
+
+        One with a method ``on_failure()`` is told so if training raises.
+        """
         return ()
 
 
@@ -164,7 +175,7 @@ def register(cls: P) -> P:
     """Make ``cls`` selectable as ``<group>=<name>``, with its fields as the option's config.
 
     Raises:
-        PluginError: It is no keyword-only dataclass of a group, has no name, or the name is taken.
+        PluginError: It is no dataclass of a group, a field has no default, it has no name, or the name is taken.
     """
     where = f"{cls.__module__}.{cls.__qualname__}"
     if not any(issubclass(cls, base) for base in GROUPS.values()):
@@ -173,9 +184,15 @@ def register(cls: P) -> P:
         )
     if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{where} is no dataclass: write @dataclass(kw_only=True) below @register")
+    for field in cls.__dataclass_fields__.values():
+        if field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT:
+            why = "for a value that has to be typed, write `= MISSING` (from ftrun.fields)"
+            raise PluginError(f"{where}: the field {field.name} has no default; {why}")
     name = str(cls.__dataclass_fields__["name"].default)
     if name == MISSING:
         raise PluginError(f'{where} has no name: give it the field `name: str = "{cls.__module__.split(".")[-1]}"`')
+    if cls.__module__.startswith(_FILES) and (places := _places(cls.group, name)):
+        raise PluginError(f"{cls.group}={name} is defined twice, here and in {places[0]}: give yours another name")
     taken = _registered.get((cls.group, name))
     both_named = taken and all(c.__module__.startswith(_FILES) for c in (taken, cls))  # the newer file wins
     if taken and taken.__module__ != cls.__module__ and not both_named:
@@ -191,23 +208,30 @@ def get(group: str, name: str) -> type[Plugin]:
         LookupError: There is no such option.
         PluginError: There is, but its module fails to import or registers something else.
     """
+    if (group, name) not in _registered and (places := _places(group, name)):
+        _import_one(group, name, places)
+    elif (group, name) not in _registered:
+        _import_undotted()
     if (group, name) not in _registered:
-        module = _module(group, name)
-        if module is None:
-            raise LookupError(f"{group}={name}")
-        _import(module, f"{group}={name}")
-        if (group, name) not in _registered:
-            raise PluginError(f"{group}={name}: the module {module} registers no {group} of that name")
+        raise LookupError(f"{group}={name}")
     return _registered[group, name]
 
 
 def exists(group: str, name: str) -> bool:
     """Tell whether a group has an option of that name, without importing it."""
-    return (group, name) in _registered or _module(group, name) is not None
+    if (group, name) not in _registered and not _places(group, name):
+        _import_undotted()
+    return (group, name) in _registered or bool(_places(group, name))
+
+
+def registered(group: str, name: str) -> type[Plugin] | None:
+    """Return the class behind ``<group>=<name>`` if it has been imported."""
+    return _registered.get((group, name))
 
 
 def names(group: str) -> list[str]:
-    """Return the names of a group's options, sorted, importing none of them."""
+    """Return the names of a group's options, sorted, importing none whose name can be told without."""
+    _import_undotted()
     found = {module.name for module in pkgutil.iter_modules(_folders(group)) if not module.name.startswith("_")}
     found |= {point.name.removeprefix(f"{group}.") for point in _entry_points() if point.name.startswith(f"{group}.")}
     found |= {name for of_group, name in _registered if of_group == group}
@@ -216,18 +240,23 @@ def names(group: str) -> list[str]:
 
 def source(group: str, name: str) -> Path | None:
     """Return the file that an option is written in, without importing it."""
-    if (group, name) in _registered:
-        module = _registered[group, name].__module__
-        return Path(origin) if (origin := sys.modules[module].__file__) else None
-    spec = importlib.util.find_spec(_module(group, name) or "")
-    return Path(spec.origin) if spec and spec.origin else None
+    if cls := registered(group, name):
+        origin = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        return Path(origin) if origin else None
+    return next((place.file for place in _places(group, name)), None)
+
+
+def forget_files() -> None:
+    """Forget what plugin files have registered: each command names its own."""
+    for option in [option for option, cls in _registered.items() if cls.__module__.startswith(_FILES)]:
+        del _registered[option]
 
 
 def load_file(path: Path) -> None:
     """Import a plugin file named on the command line.
 
     Raises:
-        PluginError: It fails to import, or registers nothing of its own name.
+        PluginError: It fails to import, or registers nothing.
     """
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -249,20 +278,75 @@ def load_file(path: Path) -> None:
         raise PluginError(f"{path} registers nothing: put @register above a plugin class")
 
 
-def _module(group: str, name: str) -> str | None:
-    """Return the name of the module that ``<group>=<name>`` lives in, if there is one."""
-    if any(module.name == name for module in pkgutil.iter_modules(_folders(group))):
-        return f"{NAMESPACE}.{group}.{name}"
-    return next((point.module for point in _entry_points() if point.name == f"{group}.{name}"), None)
+@dataclass(frozen=True)
+class _Place:
+    """Where an option is written, as far as that can be told without importing it."""
+
+    module: str
+    file: Path | None
+
+    def __str__(self) -> str:
+        return str(self.file or self.module)
 
 
-def _import(module: str, what: str) -> None:
+def _places(group: str, name: str) -> list[_Place]:
+    """Return where ``<group>=<name>`` is written, over all installed packages; more than one is one too many."""
+    if name.startswith("_") or Path(name).name != name:
+        return []
+    written_as = (f"{name}.py", f"{name}/__init__.py")
+    files = [file for folder in _folders(group) for form in written_as if (file := Path(folder, form)).is_file()]
+    # A checkout and an installed wheel of the same ftrun may both be on the path.
+    different = {file.read_bytes(): file for file in reversed(files)}
+    found = [_Place(f"{NAMESPACE}.{group}.{name}", file) for file in reversed(different.values())]
+    modules = {point.module for point in _entry_points() if point.name == f"{group}.{name}"}
+    return found + [_Place(module, _file_of(module)) for module in sorted(modules)]
+
+
+def _file_of(module: str) -> Path | None:
+    """Return the file of a module; unlike `importlib.util.find_spec`, without importing the packages it lies in."""
+    name, *inner = module.split(".")
+    spec = importlib.util.find_spec(name)
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _import_one(group: str, name: str, places: Sequence[_Place]) -> None:
+    what = f"{group}={name}"
+    if len(places) > 1:
+        raise PluginError(f"{what} is defined {len(places)} times, in {' and in '.join(map(str, places))}")
+    (place,) = places
+    before = set(_registered)
     try:
-        importlib.import_module(module)
-    except PluginError:
-        raise
-    except Exception as error:
-        raise _import_failed(f"{what} ({module})", error) from error
+        importlib.import_module(place.module)
+    except PluginError as error:
+        raise PluginError(f"the plugin {what} is not one: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise _import_failed(f"{what} ({place.module})", error) from error
+    if (group, name) not in _registered:
+        others = ", ".join(f"{g}={n}" for g, n in sorted(set(_registered) - before)) or "nothing"
+        raise PluginError(f"{what}: {place} should register it, and registers {others}: the two names must be the same")
+
+
+@functools.cache
+def _import_undotted() -> None:
+    """Import the modules of entry points that do not say what they hold."""
+    for point in _entry_points():
+        if "." in point.name:
+            continue
+        before = set(_registered)
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:
+            failed = error if isinstance(error, PluginError) else _import_failed(f"{point.name} ({point.value})", error)
+            warnings.warn(str(failed), stacklevel=2)
+        for group, name in set(_registered) - before:
+            if places := _places(group, name):
+                warnings.warn(f"{group}={name} is defined in {places[0]}, so not from {point.value}", stacklevel=2)
+                del _registered[group, name]
 
 
 def _import_failed(what: str, error: BaseException) -> PluginError:
@@ -280,11 +364,16 @@ def _import_failed(what: str, error: BaseException) -> PluginError:
 
 def _folders(group: str) -> list[str]:
     """Return the folders, over all installed packages, that hold a group's plugin modules."""
-    try:
-        spec = importlib.util.find_spec(f"{NAMESPACE}.{group}")
-    except ModuleNotFoundError:
-        return []
-    return list(spec.submodule_search_locations or []) if spec else []
+    folders: list[str] = []
+    for name in (NAMESPACE, f"{NAMESPACE}.{group}"):
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            return []
+        if spec.origin:
+            why = "hides the plugins of every other package, which share this namespace"
+            raise PluginError(f"{spec.origin} {why}: delete it, or uninstall the package that it came with")
+        folders = list(spec.submodule_search_locations or [])
+    return folders
 
 
 @functools.cache

@@ -22,6 +22,7 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
     """
     problems: list[Problem] = []
     parsed = [override for word in overrides for override in _parse(word, problems)]
+    plugin.forget_files()
     problems += _load_plugin_files(parsed)
     chosen: list[Override] = []
     values: list[Override] = []
@@ -133,7 +134,6 @@ def several_values(override: Override, fix: str) -> Problem:
 
 def _wrong_choice(override: Override) -> Iterator[Problem]:
     group, value = override.key_or_group, override.value()
-    known = options.names(group)
     if override.is_add() or override.is_force_add():
         yield Problem(
             f"{'++' if override.is_force_add() else '+'}{group}",
@@ -141,13 +141,15 @@ def _wrong_choice(override: Override) -> Iterator[Problem]:
             f"{group}={value}",
         )
     elif value is None and group not in options.OPTIONAL_GROUPS:
+        known = options.names(group)
         neutral = next((name for name in ("none", "auto", "default", "full") if name in known), known[0])
         yield Problem(group, "cannot be null", f"{group}={neutral}")
     elif isinstance(value, list) and group not in ("tracker", *options.OPTIONAL_GROUPS):
         yield Problem(group, "takes one option, not a list", f"{group}={value[0] if value else 'OPTION'}")
     elif value is not None:
         for name in value if isinstance(value, list) else [value]:
-            if str(name) not in known:
+            if not options.exists(group, str(name)):
+                known = options.names(group)
                 message = f"there is no {group} {name}{did_you_mean(str(name), known)}"
                 yield Problem(group, message, f"one of {', '.join(known) or '(none)'}")
 

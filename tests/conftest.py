@@ -13,21 +13,13 @@ from typing import Any
 
 import pytest
 
-from ftrun import forkserver, plugin, record
+from ftrun import forkserver, record
 from ftrun.record import Result
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 os.environ.update(SETTINGS)
 os.environ.pop("FTRUN_FORK_SERVER", None)
-
-
-@pytest.fixture(autouse=True)
-def _forget_plugin_files() -> Iterator[None]:
-    """Leave no plugin of a file behind: the registry lives as long as the process."""
-    yield
-    for option in [option for option, cls in plugin._registered.items() if cls.__module__.startswith("ftrun_files")]:
-        del plugin._registered[option]
 
 
 @dataclasses.dataclass

@@ -371,12 +371,24 @@ def fit(trainer: RunTrainer) -> Result:
         ending.add_to_manifest(run)
     trainer.args.eval_on_start = bool(run.rows.eval) and checkpoint is None
     trainer.add_callback(Conduct(trainer, run, checkpoint))
-    with stop.deferred(), _profiled(trainer, run):
+    with stop.deferred(), _profiled(trainer, run), _failure_told(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (status := stop.requested()) and trainer.state.global_step < trainer.state.max_steps:
         raise stop.Stopped(status)
     trainer.accelerator.wait_for_everyone()
     return ending.finish(trainer, run) if run.is_main else Result()
+
+
+@contextlib.contextmanager
+def _failure_told(trainer: RunTrainer) -> Iterator[None]:
+    """Tell the callbacks that want to know if training raises: they never get to ``on_train_end``."""
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "on_failure"):
+                callback.on_failure()
+        raise
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(ftrun, stage):
 
 
 def test_a_run_of_two_processes_resumes(forked, ftrun, tmp_path):
-    whole = ftrun(*RUN, "train.max_steps=300", "hardware.num_processes=2", "output_dir=whole").sees(0)
-    process = forked(*RUN, "train.max_steps=300", "hardware.num_processes=2", "output_dir=stopped")
+    whole = ftrun(*RUN, "train.max_steps=100", "hardware.num_processes=2", "output_dir=whole").sees(0)
+    process = forked(*RUN, "train.max_steps=100", "hardware.num_processes=2", "output_dir=stopped")
     while not any(line["step"] >= 5 for line in record.read_lines(tmp_path / "stopped" / "metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.05)

@@ -143,3 +143,12 @@ def test_a_second_ctrl_c_ends_at_once(forked, tmp_path):
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 130, out
     assert record.Result.load(tmp_path / "now").status == "interrupted"
+
+
+def test_a_worker_that_dies_before_it_begins_is_a_failed_run(start, write, tmp_path):
+    write("early/sitecustomize.py", 'import os, sys\nif "ftrun.worker" in sys.orig_argv: os._exit(3)\n')
+    process = start("model=tiny", "output_dir=early_death", PYTHONPATH=str(tmp_path / "early"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "exit code 3 and no word" in err
+    assert record.Result.load(tmp_path / "early_death").status == "failed"

@@ -117,6 +117,8 @@ class LoRA(Adapter):
         self._check_names(model)
         config = self._config()
         if self.init is Init.lora_ga:
+            if self.targets == ["all-linear"]:  # which only get_peft_model understands
+                config.target_modules = _linear_layers(model)
             from peft.tuners.lora.loraga import preprocess_loraga
 
             preprocess_loraga(model, config, train_step=lambda: _accumulate_gradients(model, run, self.init_batches))
@@ -190,6 +192,14 @@ class LoRA(Adapter):
         model.peft_config[name].init_lora_weights = True
         model.save_pretrained(str(_start_folder(run)))
         model.peft_config[name].init_lora_weights = asked_for
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    """Return the names of the linear layers that peft calls all-linear: all but the output head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
 
 
 def _start_folder(run: Run) -> Path:

@@ -74,8 +74,6 @@ def reporter(
 
     What either raises on the way is said, once, and the training goes on: metrics.jsonl holds everything anyway.
     """
-    import atexit
-
     from transformers import TrainerCallback
 
     from ftrun.worker import stop
@@ -96,13 +94,12 @@ def reporter(
                 events.send("note", text=text)
             said = True
 
-    def fail() -> None:
-        with lenient():
-            end(Status.failed)
-
     class Reporter(TrainerCallback):
+        def on_failure(self) -> None:
+            with lenient():
+                end(Status.failed)
+
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            atexit.register(fail)  # a run that fails never gets to on_train_end
             with lenient():
                 callback.on_train_begin(*args, **kwargs)
 
@@ -111,7 +108,6 @@ def reporter(
                 callback.on_log(*args, **kwargs)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            atexit.unregister(fail)
             done = state.global_step >= state.max_steps
             with lenient():
                 end(Status.completed if done else stop.requested() or Status.interrupted)
@@ -122,5 +118,5 @@ def reporter(
 
 
 def _said(error: BaseException) -> str:
-    """Return an error's first line, or its name if it has nothing to say."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return an error's message on one line, or its name if it has nothing to say."""
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from ftrun.worker.training import Run
 
 _TAG = "ftrun.id"
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "5",
+}
+"""A server that is gone is given up after 13 seconds, not four minutes, and five seconds' logs share one request: the
+end of a run waits for every request that is queued."""
+
 _STATES = {Status.completed: "FINISHED", Status.failed: "FAILED"}
 
 
@@ -55,9 +63,8 @@ class MLflow(Tracker):
         from ftrun_plugins.tracker._reporter import reporter, starting
 
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{run.folder / 'mlflow.db'}")
-        # A server that is gone is given up after 13 seconds, not after four minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
         with starting(self, "a server that answers, or tracker.mlflow.uri=sqlite:////FOLDER/mlflow.db"):
             if self.uri:
                 mlflow.set_tracking_uri(self.uri)

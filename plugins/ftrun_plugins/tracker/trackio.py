@@ -28,8 +28,8 @@ class Trackio(Tracker):
     """The project that the run appears in; ``trackio show`` opens it."""
 
     space: str | None = None
-    """A Hugging Face Space (``USER/NAME``) to send metrics to. Default: this machine, in $TRACKIO_DIR or Trackio's
-    own folder below $HF_HOME."""
+    """A Hugging Face Space (``USER/NAME``) to send metrics to. Default: $TRACKIO_SPACE_ID, else this machine, in
+    $TRACKIO_DIR or Trackio's own folder below $HF_HOME."""
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
         """Return transformers' callback, told the project, the Space and a name that only this run has."""
