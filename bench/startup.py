@@ -167,11 +167,13 @@ import json, sys
 from pathlib import Path
 from ftrun import launch, record
 from ftrun.config import Config
-from ftrun.worker import encode, loading
+from ftrun.worker import dataset, loading
 words = ["model={model}", "hardware=cpu", "output_dir={target}.run"]
 cfg = Config.load(launch.freeze(launch.check(words), words) / record.RUN)
 tokenizer = loading.tokenizer(cfg)
-Path("{target}").write_text(json.dumps(encode.load(cfg, tokenizer).train))
+rows = dataset.load(cfg, tokenizer).train
+listed = [{{name: values.tolist() for name, values in rows[index].items()}} for index in range(len(rows))]
+Path("{target}").write_text(json.dumps(listed))
 loaded = loading.model(cfg, tokenizer)
 loaded.save_pretrained("{target}.model")
 tokenizer.save_pretrained("{target}.model")

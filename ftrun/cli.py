@@ -95,6 +95,43 @@ def _check(words: list[str]) -> int:
     return 0
 
 
+def _preview(words: list[str]) -> int:
+    from ftrun import preview
+
+    parser = _parser("preview", "Show rows as they will be trained on, token by token, and what became of all of them.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of the run")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one object for each row: text, input_ids, labels")
+    form.add_argument("--html", type=Path, metavar="FILE", help="write a page that one can send")
+    many = f"how many rows (default: {preview.ROWS}; with --json, all)"
+    parser.add_argument("--rows", type=_positive, metavar="N", help=many)
+    asked = parser.parse_intermixed_args(words)
+    return preview.show(asked.overrides, as_json=asked.json, html=asked.html, rows=asked.rows)
+
+
+def _prepare(words: list[str]) -> int:
+    from ftrun import prepare
+
+    parser = _parser(
+        "prepare", "Fetch the model and tokenise the rows, so that a run with the same words starts from it."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of the run")
+    return prepare.show(parser.parse_intermixed_args(words).overrides)
+
+
+def _cache(words: list[str]) -> int:
+    from ftrun import cache
+
+    parser = _parser("cache", "List the tokenised rows that are kept for later runs, or delete them.")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--prune", type=_days, metavar="DAYS", help="delete what no run has used for so many days")
+    less.add_argument("--clear", action="store_true", help="delete everything")
+    asked = parser.parse_args(words)
+    cache.show(as_json=asked.json, unused_days=0.0 if asked.clear else asked.prune)
+    return 0
+
+
 def _list(words: list[str]) -> int:
     from ftrun import help as pages
 
@@ -161,6 +198,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
     "check": _check,
+    "preview": _preview,
+    "prepare": _prepare,
+    "cache": _cache,
     "runs": _runs,
     "env": _env,
     "resume": _resume,
@@ -181,6 +221,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"ftrun {command}", description=description)
+
+
+def _positive(text: str) -> int:
+    """Read a whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 up")
+    return int(text)
+
+
+def _days(text: str) -> float:
+    """Read a number of days, which may be part of one."""
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of days from 0 up")
+    return days
 
 
 def _without_multirun(words: Sequence[str]) -> list[str]:

@@ -43,6 +43,15 @@ complete -c ftrun -f -a '(ftrun __complete (commandline -opc)[2..] (commandline 
 }
 
 
+_FLAGS = {
+    "preview": ("--html", "--json", "--rows"),
+    "cache": ("--clear", "--json", "--prune"),
+    "list": ("--json",),
+    "runs": ("--json",),
+    "env": ("--json",),
+}
+
+
 def script(shell: str) -> str:
     """Return the script that makes a shell ask ``ftrun __complete``."""
     return _SCRIPTS[shell]
@@ -55,7 +64,11 @@ def candidates(words: Sequence[str]) -> list[str]:
 
 
 def _possible(before: Sequence[str], last: str) -> Iterator[str]:
-    if before and before[0] in ("list",):
+    if before and last.startswith("-"):
+        yield from _FLAGS.get(before[0], ())
+    elif before and before[-1] in ("--html", "--rows"):
+        return
+    elif before and before[0] in ("list",):
         group, equals, _ = last.partition("=")
         yield from (
             (f"{group}={name}" for name in options.names(group))
@@ -64,7 +77,7 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
         )
     elif before and before[0] == "completion":
         yield from SHELLS
-    elif before and before[0] in ("runs", "resume", "env"):
+    elif before and before[0] in ("runs", "resume", "env", "cache"):
         return
     else:
         if not before:

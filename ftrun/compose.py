@@ -7,8 +7,10 @@ with the tree they lead to by `ftrun.diagnose`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -24,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftrun import diagnose, options, plugin, words
+from ftrun import diagnose, fields, options, plugin, words
 from ftrun.errors import ConfigError, Problem
 
 ROOT = "ftrun"
@@ -181,4 +183,18 @@ def _compose(overrides: Sequence[Override]) -> DictConfig:
         if cls not in registry.class_name_to_class.values():
             registry.register(cls)
     with initialize_config_dir(str(options.CONF), version_base="1.3", job_name="ftrun"):
-        return compose(ROOT, [override.input_line for override in overrides if override.input_line])
+        return compose(ROOT, [_word(override) for override in overrides if override.input_line])
+
+
+def _word(override: Override) -> str:
+    """Return a word as Hydra takes it: below a key that holds names of the user's own, ``++`` lets them in."""
+    word, key = override.input_line or "", override.key_or_group
+    mine = any(key == open_key or key.startswith(f"{open_key}.") for open_key in _open_keys())
+    return f"++{word}" if mine and not word.startswith("+") else word
+
+
+@functools.cache
+def _open_keys() -> frozenset[str]:
+    """Return the keys that hold names of the user's own: ``data.columns``, whose type is a dict of texts."""
+    schema: Any = ConfigStore.instance().load("schema.yaml").node._metadata.object_type
+    return frozenset(fields.open_keys(schema))

@@ -17,14 +17,14 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from ftrun import fields, model, plugin, record
-from ftrun.data import Data, Format, TrainOn
-from ftrun.data.formats import KINDS, ROLES
+from ftrun import fields, model, plugin, record, template
+from ftrun.data import Data, keys
 from ftrun.errors import ConfigError, Problem, did_you_mean
 from ftrun.fields import MISSING
 from ftrun.hardware import Hardware
-from ftrun.model import Model, Template
+from ftrun.model import Model
 from ftrun.plugin import Adapter, Optimizer, Plugin, Quant, Stage, Tracker
+from ftrun.template import Template
 from ftrun.train import Train
 
 SCHEMA_VERSION = 1
@@ -172,30 +172,10 @@ def _missing_packages(cfg: Config) -> Iterator[Problem]:
 def _contradictions(cfg: Config) -> Iterator[Problem]:
     """Yield what the groups without a plugin of their own cannot work with."""
     yield from cfg.train.check()
+    yield from cfg.train.check_lengths(cfg.data, 2 if cfg.stage.rows == "pairs" else 1)
     yield from cfg.hardware.check(cfg.train)
-    data = cfg.data
-    if data.format is not Format.auto and data.format not in KINDS[cfg.stage.rows]:
-        forms = ", ".join(KINDS[cfg.stage.rows])
-        message = f"stage={cfg.stage.name} trains on {cfg.stage.rows}, which {data.format} rows are not"
-        yield Problem("data.format", message, f"one of auto, {forms}")
-    if data.path is None and not data.sources:
-        yield Problem("data.path", "has no value", "data.path=FILE")
-    if data.path is not None and data.sources:
-        yield Problem("data.sources", "data.path says already where rows come from", "one of them")
-    if data.train_on is TrainOn.roles and not data.train_roles:
-        yield Problem("data.train_roles", "data.train_on=roles needs it", "data.train_roles=[assistant]")
-    for role in data.train_roles:
-        if role not in (known := sorted(set(ROLES.values()))):
-            message = f"there is no role {role}{did_you_mean(role, known)}"
-            yield Problem("data.train_roles", message, f"some of {', '.join(known)}")
-    if data.train_roles and data.train_on is not TrainOn.roles:
-        yield Problem("data.train_roles", f"data.train_on={data.train_on} does not read it", "data.train_on=roles")
-    if data.eval_path and data.eval_size:
-        yield Problem("data.eval_size", "data.eval_path says already what to evaluate on", "one of them")
-    if data.eval_size > 1 and data.eval_size != int(data.eval_size):
-        yield Problem(
-            "data.eval_size", f"{data.eval_size} is neither a share nor a count", "a share below 1, or whole rows"
-        )
+    yield from template.check(cfg.template)
+    yield from keys.check(cfg)
     if cfg.objective and cfg.stage.metrics and cfg.objective not in cfg.stage.metrics:
         known = list(cfg.stage.metrics)
         yield Problem(

@@ -280,12 +280,12 @@ SUITES: dict[str, type[PluginSuite]] = {
 
 def _small_run(folder: Path, words: list[str]) -> Run:
     """Return what a plugin is told of its run, for a frozen config and real rows."""
-    from ftrun.worker import encode, loading, training
+    from ftrun.worker import dataset, loading, training
 
     overrides = [*words, f"output_dir={folder / 'run'}", "data.rows=16", "train.max_steps=20"]
     cfg = Config.load(launch.freeze(launch.check(overrides), overrides) / record.RUN)
     tokenizer = loading.tokenizer(cfg)
-    return training.Run(cfg, encode.load(cfg, tokenizer), tokenizer)
+    return training.Run(cfg, dataset.load(cfg, tokenizer), tokenizer)
 
 
 def _small_model(run: Run) -> PreTrainedModel:

@@ -41,6 +41,10 @@ class ConfigError(FtrunError):
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{count}\n\n" + "\n\n".join(f"  {problem}" for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Sequence[Problem]]]:
+        """Travel between processes as the problems."""
+        return type(self), (self.problems,)
+
 
 class RunFailed(FtrunError):
     """A run started, and failed."""

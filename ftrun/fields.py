@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,15 @@ def _children(node: Any) -> Iterator[tuple[str, Any, dataclasses.Field[Any] | No
         yield from ((str(name), value, None) for name, value in node.items())
     elif isinstance(node, list):
         yield from ((str(index), value, None) for index, value in enumerate(node))
+
+
+def open_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys below a dataclass that are dicts of texts, whose names are the user's own."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if hint == dict[str, str]:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from open_keys(hint, f"{prefix}{name}.")
 
 
 def docs(cls: type[Any]) -> dict[str, str]:

@@ -23,7 +23,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ftrun.errors import ConfigError, Problem
 
@@ -59,14 +61,15 @@ class Forked:
         return self._code
 
 
-def fork(address: str, run_file: Path, env: dict[str, str], log: int) -> Forked:
-    """Have the server at ``address`` fork a worker for a frozen run.
+def fork(address: str, words: Sequence[str], env: dict[str, str], out: int, log: int) -> Forked:
+    """Have the server at ``address`` fork a worker.
 
     Args:
         address: The server's socket.
-        run_file: The run's ``run.yaml``.
+        words: What follows ``python -m ftrun.worker``.
         env: Environment variables besides the driver's own.
-        log: File descriptor that the worker prints to.
+        out: File descriptor of the worker's standard output.
+        log: File descriptor of its standard error.
 
     Raises:
         ConfigError: No server answers there.
@@ -77,8 +80,8 @@ def fork(address: str, run_file: Path, env: dict[str, str], log: int) -> Forked:
     except OSError as error:
         fix = f"start one (`python -m ftrun.forkserver {address} &`), or unset {VARIABLE}"
         raise ConfigError([Problem(f"${VARIABLE}", f"no server answers at {address}: {error.strerror}", fix)]) from None
-    request = {"run_file": str(run_file), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
-    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [log])
+    request = {"words": list(words), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [out, log])
     return Forked(connection)
 
 
@@ -138,7 +141,7 @@ class _Server:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        line, (log,), _, _ = socket.recv_fds(connection, 1 << 20, 1)
+        line, (out, log), _, _ = socket.recv_fds(connection, 1 << 20, 2)
         while not line.endswith(b"\n"):
             line += connection.recv(1 << 20)
         request = json.loads(line)
@@ -146,7 +149,8 @@ class _Server:
         if pid == 0:
             for inherited in (self._listener, self._wake, self._wakes, connection, *self._children.values()):
                 inherited.close()
-            _child(request, log, fresh=_import_settings(request["env"]) != self._settings)
+            _child(request, out, log, fresh=_import_settings(request["env"]) != self._settings)
+        os.close(out)
         os.close(log)
         self._children[pid] = connection
         connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
@@ -167,7 +171,7 @@ def _import_settings(env: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name.startswith(read_once)}
 
 
-def _child(request: dict[str, object], log: int, *, fresh: bool) -> None:
+def _child(request: dict[str, Any], out: int, log: int, *, fresh: bool) -> None:
     """Become a worker; a fresh interpreter if the imported libraries have other settings. Never returns."""
     code = 1
     try:
@@ -175,16 +179,16 @@ def _child(request: dict[str, object], log: int, *, fresh: bool) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
+        for source, target in ((null, 0), (out, 1), (log, 2)):
             os.dup2(source, target)
-        os.chdir(str(request["cwd"]))
+        os.chdir(request["cwd"])
         os.environ.clear()
-        os.environ.update(request["env"])  # type: ignore[call-overload]
+        os.environ.update(request["env"])
         if fresh:
-            os.execv(sys.executable, [sys.executable, "-m", "ftrun.worker", str(request["run_file"])])  # noqa: S606
+            os.execv(sys.executable, [sys.executable, "-m", "ftrun.worker", *request["words"]])  # noqa: S606
         from ftrun.worker.main import main
 
-        code = main(Path(str(request["run_file"])))
+        code = main(*request["words"])
     except BaseException:
         traceback.print_exc()
     finally:

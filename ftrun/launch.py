@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -24,7 +26,7 @@ import ftrun
 from ftrun import config, environment, events, forkserver, hardware, model, record
 from ftrun.config import Config
 from ftrun.data.check import check as check_rows
-from ftrun.data.read import make_absolute
+from ftrun.data.sources import make_absolute
 from ftrun.display import Display
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.hardware import Device, Hardware
@@ -41,15 +43,23 @@ def run(overrides: Sequence[str]) -> Result:
     return start(freeze(check(overrides), overrides))
 
 
-def check(overrides: Sequence[str]) -> Config:
+def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
     """Compose a config, and look at what it names on this machine's disk: model, first rows, the run's folder.
+
+    Args:
+        overrides: What was typed.
+        to_run: Whether a run is to start from it, which needs a folder of its own.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
     cfg, problems = config.examine(overrides)
     if cfg is not None:
-        problems += [*model.check(cfg.model), *check_rows(cfg), *_occupied(cfg)]
+        problems += [
+            *model.check(cfg.model),
+            *(check_rows(cfg) if cfg.stage.rows else ()),
+            *(_occupied(cfg) if to_run else ()),
+        ]
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
@@ -113,8 +123,6 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     cfg.model = model.locate(cfg.model)
     make_absolute(cfg.data)
     folder = _make_folder(cfg)
-    cfg.output_dir = str(folder)
-    cfg.plugins = [_copy_into(folder / "plugins", Path(file)) for file in cfg.plugins]
     manifest = {
         "id": uuid.uuid4().hex[:16],
         "command": shlex.join(["ftrun", *overrides]),
@@ -127,9 +135,16 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
         **environment.facts(),
     }
     record.write_whole(folder / record.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write(cfg, folder)
+    return folder
+
+
+def write(cfg: Config, folder: Path) -> None:
+    """Write a settled config, with the files of the user's own code, into a folder."""
+    cfg.output_dir = str(folder)
+    cfg.plugins = [_copy_into(folder / "plugins", Path(file)) for file in cfg.plugins]
     Result(holder=record.Holder.me()).save(folder)
     cfg.save(folder / record.RUN)
-    return folder
 
 
 def _make_folder(cfg: Config) -> Path:
@@ -165,13 +180,13 @@ def _copy_into(folder: Path, file: Path) -> str:
     return str(Path(folder.name, name))
 
 
-def command(hardware: Hardware, run_file: Path) -> list[str]:
-    """Return the command that starts a run's processes.
+def command(hardware: Hardware, run_file: Path, words: Sequence[str] = ()) -> list[str]:
+    """Return the command that starts a run's processes, or, with further words, the one of a task.
 
     ``accelerate launch`` starts one process on CPU whatever it is told, so several go through torchrun, which
     accelerate's own launcher wraps.
     """
-    worker = ["-m", "ftrun.worker", str(run_file)]
+    worker = ["-m", "ftrun.worker", str(run_file), *words]
     if hardware.num_processes == 1:
         return [sys.executable, *worker]
     return [
@@ -193,19 +208,62 @@ class Process(Protocol):
         """Return how it ended, if it has: the exit code, or minus the signal."""
 
 
-def _start(cfg: Config, run_file: Path, address: str) -> Process:
+class Screen(Protocol):
+    """What a person sees of workers at work."""
+
+    def __enter__(self) -> Screen: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+
+    def stopping(self, interrupted: bool, again: bool) -> None:
+        """Say that a signal has arrived."""
+
+
+class Answer:
+    """What a task writes to its standard output, line by line as it comes: a pipe, so that none of it piles up."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+        self._begun = b""
+        self._output, self.input = os.pipe()
+        os.set_blocking(self._output, False)
+        self._is_open = True
+
+    def receive(self, timeout: float) -> None:
+        """Pass on the lines that have come, waiting up to ``timeout`` seconds for the first."""
+        if not self._is_open:
+            time.sleep(timeout)
+            return
+        select.select([self._output], [], [], timeout)
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._output, 1 << 16):
+                *lines, self._begun = (self._begun + chunk).split(b"\n")
+                for line in lines:
+                    self._take(line.decode())
+            self._is_open = False
+
+    def close(self) -> None:
+        """Close this end; the worker has the other."""
+        os.close(self._output)
+
+
+def _start(cfg: Config, run_file: Path, words: Sequence[str], address: str, out: int | None) -> Process:
     """Start the worker: forked from a server that has imported the heavy packages if there is one, else cold."""
     env = worker_environment(cfg.hardware) | {events.VARIABLE: address}
     log = run_file.with_name(record.LOG).open("ab")
     with log:
+        output = log.fileno() if out is None else out
         if (server := os.environ.get(forkserver.VARIABLE)) and cfg.hardware.num_processes == 1:
-            return forkserver.fork(server, run_file, env, log.fileno())
+            return forkserver.fork(server, [str(run_file), *words], env, output, log.fileno())
         # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
         return subprocess.Popen(
-            command(cfg.hardware, run_file),
+            command(cfg.hardware, run_file, words),
             env=os.environ | env,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=log,
             start_new_session=True,
         )
@@ -233,29 +291,62 @@ def start(folder: Path) -> Result:
         ConfigError: The worker found something the user can mend.
         RunFailed: The run failed.
     """
+    result = watch(folder, Display(folder))
+    if result.status is Status.failed:
+        raise RunFailed(f"the run in {folder} failed: {result.reason}\n    what it printed is in {folder / record.LOG}")
+    return result
+
+
+def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answer | None = None) -> Result:
+    """Start the processes of a frozen folder, watch them to the end, and return how it was.
+
+    Args:
+        folder: Where ``run.yaml`` is.
+        display: Screen what the workers tell.
+        words: A task other than the run, and its options.
+        answer: Takes what the task answers.
+
+    Raises:
+        ConfigError: The worker found something the user can mend.
+    """
     run_file = folder / record.RUN
     cfg = Config.load(run_file)
     Result(holder=record.Holder.me()).save(folder)
     receiver = events.Receiver()
     try:
-        with Display(folder) as display, _Signals(display) as signals:
-            process = _start(cfg, run_file, receiver.address)
+        with display, _Signals(display) as signals:
+            try:
+                process = _start(cfg, run_file, words, receiver.address, answer.input if answer else None)
+            finally:
+                if answer:
+                    os.close(answer.input)
             signals.session = process.pid
             if cfg.hardware.num_processes == 1:
                 signals.add(process.pid)
-            while (code := process.poll()) is None:
-                for event in receiver.receive(timeout=0.1):
-                    if event["kind"] == "process":
-                        signals.add(event["pid"])
-                    display.show(event)
-            for event in receiver.receive(timeout=0):
-                display.show(event)
+            with signals.ending_a_task(answer):
+                code = _until_the_end(process, receiver, display, signals, answer)
     finally:
         receiver.close()
-    return _conclude(folder, code, signals)
+    return _how_it_was(folder, code, signals)
 
 
-def _conclude(folder: Path, code: int, signals: _Signals) -> Result:
+def _until_the_end(
+    process: Process, receiver: events.Receiver, display: Screen, signals: _Signals, answer: Answer | None
+) -> int:
+    """Show what comes until the process has ended, and return how it did."""
+    while True:
+        code = process.poll()
+        if answer:
+            answer.receive(timeout=0.05 if code is None else 0)
+        for event in receiver.receive(timeout=0 if answer or code is not None else 0.1):
+            if event["kind"] == "process":
+                signals.add(event["pid"])
+            display.show(event)
+        if code is not None:
+            return code
+
+
+def _how_it_was(folder: Path, code: int, signals: _Signals) -> Result:
     result = Result.load(folder)
     if result.holder:  # nobody said how it ended; the holder may be this process, if no worker came that far
         result.holder = None
@@ -264,8 +355,6 @@ def _conclude(folder: Path, code: int, signals: _Signals) -> Result:
         result.save(folder)
     if result.problems:
         raise ConfigError(result.user_problems())
-    if result.status is Status.failed:
-        raise RunFailed(f"the run in {folder} failed: {result.reason}\n    what it printed is in {folder / record.LOG}")
     return result
 
 
@@ -278,7 +367,7 @@ def _how_it_died(code: int) -> str:
 class _Signals:
     """Passes on what this process is told: the workers have sessions of their own."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Screen) -> None:
         self.display = display
         self.pids: set[int] = set()
         self.session = 0
@@ -315,11 +404,25 @@ class _Signals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         again, self._told = self._told is not None, signal.SIGTERM if number == signal.SIGHUP else number
         self.display.stopping(number == signal.SIGINT, again)
-        if again and number == signal.SIGINT and self.session:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.session, signal.SIGKILL)
+        if again and number == signal.SIGINT:
+            self._kill()
         for pid in self.pids:
             self._send(pid, self._told)
+
+    @contextlib.contextmanager
+    def ending_a_task(self, answer: Answer | None) -> Iterator[None]:
+        """End a task that nobody listens to any more: ``ftrun preview --json | head``. A run goes on."""
+        try:
+            yield
+        except BaseException:
+            if answer:
+                self._kill()
+            raise
+
+    def _kill(self) -> None:
+        if self.session:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.session, signal.SIGKILL)
 
     @staticmethod
     def _send(pid: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Which weights a run starts from: the ``model`` and ``template`` groups, and where a model is found.
+"""Which weights a run starts from: the ``model`` group, and where a model is found.
 
 Loading, which needs torch, is in `ftrun.worker.model`.
 """
@@ -86,17 +86,6 @@ class Model:
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
-
-
-@dataclass(kw_only=True)
-class Template:
-    """How a conversation becomes text."""
-
-    chat_template: str | None = None
-    """Jinja text, as transformers' ``apply_chat_template`` takes it. Default: the tokenizer's own template."""
-
-    stop: list[str] = field(default_factory=list)
-    """Strings that end a reply, besides the tokenizer's end-of-sequence token."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ GROUPS = {
 OPTIONAL_GROUPS = ("method", "experiment", "debug")
 """Groups of which nothing is chosen by default; their options set keys of the other groups."""
 
-COMMANDS = ("list", "show", "check", "runs", "env", "resume", "completion")
+COMMANDS = ("list", "show", "check", "preview", "prepare", "cache", "runs", "env", "resume", "completion")
 
 
 def working_conf() -> Path | None:

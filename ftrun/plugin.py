@@ -1,4 +1,4 @@
-"""The plugin protocol and the registry: one dataclass per option of a config group.
+"""The plugin protocol and the registry: one dataclass per option of a config group, or of a key (`KEYED`).
 
 The fields of a plugin are the option's config, its methods do the work. A plugin's module is imported by the driver,
 which must stay light: torch and friends are imported inside the methods.
@@ -26,7 +26,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -160,8 +160,26 @@ class Tracker(Plugin):
     group: ClassVar[str] = "tracker"
 
 
+@dataclass(kw_only=True)
+class Format(Plugin):
+    """How rows of a layout that ftrun does not know are read: ``data.format=<name>``. It has no keys of its own."""
+
+    group: ClassVar[str] = "format"
+
+    def convert(self, row: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return a row, or several, in one of the layouts that ftrun knows. What it raises makes the row a bad one.
+
+        Args:
+            row: The row's columns, renamed as ``data.columns`` says.
+        """
+        raise NotImplementedError
+
+
 GROUPS: dict[str, type[Plugin]] = {base.group: base for base in (Stage, Adapter, Quant, Optimizer, Tracker)}
 """The config groups whose options are plugins."""
+
+KEYED: dict[str, tuple[type[Plugin], str]] = {Format.group: (Format, "data.format")}
+"""The other plugins, which no config group holds: they are chosen by the key named here."""
 
 VERBS = {"stage": "run", "adapter": "apply", "quant": "load_arguments", "optimizer": "build", "tracker": "callbacks"}
 """The method by which a plugin of each group does its work."""
@@ -178,27 +196,36 @@ def register(cls: P) -> P:
         PluginError: It is no dataclass of a group, a field has no default, it has no name, or the name is taken.
     """
     where = f"{cls.__module__}.{cls.__qualname__}"
-    if not any(issubclass(cls, base) for base in GROUPS.values()):
-        raise PluginError(
-            f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in GROUPS.values())}"
-        )
+    bases = (*GROUPS.values(), *(base for base, _ in KEYED.values()))
+    if not issubclass(cls, bases):
+        raise PluginError(f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in bases)}")
     if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{where} is no dataclass: write @dataclass(kw_only=True) below @register")
     for field in cls.__dataclass_fields__.values():
         if field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT:
             why = "for a value that has to be typed, write `= MISSING` (from ftrun.fields)"
             raise PluginError(f"{where}: the field {field.name} has no default; {why}")
+    if cls.group in KEYED and (keys := {field.name for field in fields(cls)} - {"name"}):
+        why = f"{_typed(cls.group)}= chooses it by its name, and nothing could set a key of it"
+        raise PluginError(f"{where} has the field {min(keys)}: {why}; make it a ClassVar")
     name = str(cls.__dataclass_fields__["name"].default)
     if name == MISSING:
         raise PluginError(f'{where} has no name: give it the field `name: str = "{cls.__module__.split(".")[-1]}"`')
     if cls.__module__.startswith(_FILES) and (places := _places(cls.group, name)):
-        raise PluginError(f"{cls.group}={name} is defined twice, here and in {places[0]}: give yours another name")
+        what = f"{_typed(cls.group)}={name}"
+        raise PluginError(f"{what} is defined twice, here and in {places[0]}: give yours another name")
     taken = _registered.get((cls.group, name))
     both_named = taken and all(c.__module__.startswith(_FILES) for c in (taken, cls))  # the newer file wins
     if taken and taken.__module__ != cls.__module__ and not both_named:
-        raise PluginError(f"{cls.group}={name} is defined twice, in {taken.__module__} and in {cls.__module__}")
+        what = f"{_typed(cls.group)}={name}"
+        raise PluginError(f"{what} is defined twice, in {taken.__module__} and in {cls.__module__}")
     _registered[cls.group, name] = cls
     return cls
+
+
+def _typed(group: str) -> str:
+    """Return the key that an option of a group is chosen by."""
+    return KEYED[group][1] if group in KEYED else group
 
 
 def get(group: str, name: str) -> type[Plugin]:
@@ -315,7 +342,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _import_one(group: str, name: str, places: Sequence[_Place]) -> None:
-    what = f"{group}={name}"
+    what = f"{_typed(group)}={name}"
     if len(places) > 1:
         raise PluginError(f"{what} is defined {len(places)} times, in {' and in '.join(map(str, places))}")
     (place,) = places

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ftrun.data import Data, Packing
 from ftrun.errors import Problem
 from ftrun.fields import ranged
 
@@ -41,7 +42,17 @@ class Train:
     """Stop after this many optimizer steps, whatever ``epochs`` says."""
 
     micro_batch_size: int = ranged(4, ge=1)
-    """Rows of one forward pass on one device."""
+    """Rows of one forward pass on one device; with packing, sequences."""
+
+    micro_batch_tokens: int | None = ranged(None, ge=8)
+    """Make micro batches of as many rows as have no more than this many tokens, padding counted, instead of
+    ``micro_batch_size`` rows."""
+
+    padding_free: bool = False
+    """Put the rows of a micro batch behind one another without padding; none sees another."""
+
+    group_by_length: bool = False
+    """Draw rows of like lengths into the same batches: less padding, a less random order."""
 
     grad_accumulation: int = ranged(1, ge=1)
     """Forward passes to an optimizer step. Rows to a step: this times ``micro_batch_size`` times processes."""
@@ -92,3 +103,30 @@ class Train:
             yield Problem(
                 "train.warmup", f"{self.warmup} is neither a share nor a count", "a share below 1, or whole steps"
             )
+        if self.group_by_length and not self.shuffle:
+            message = "rows drawn in the order of the file cannot be grouped by length"
+            yield Problem("train.group_by_length", message, "train.shuffle=true, or train.group_by_length=false")
+
+    def check_lengths(self, data: Data, rows_per_example: int = 1) -> Iterator[Problem]:
+        """Yield what the loop's keys contradict in the lengths of the rows.
+
+        Args:
+            data: Says how long a row may be.
+            rows_per_example: Sequences that one example puts into a batch: two, if the stage trains on pairs.
+        """
+        longest = data.max_length * rows_per_example
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < longest:
+            each = f"{rows_per_example} sequences of" if rows_per_example > 1 else "one sequence of"
+            message = f"{each} up to data.max_length={data.max_length} tokens do not fit into {self.micro_batch_tokens}"
+            yield Problem("train.micro_batch_tokens", message, f"{longest} or more, or a smaller data.max_length")
+        if data.streaming:
+            chosen = {
+                "micro_batch_tokens": self.micro_batch_tokens is not None,
+                "group_by_length": self.group_by_length,
+            }
+            for key in (key for key, is_set in chosen.items() if is_set):
+                message = "it plans an epoch by the lengths of all rows, which a stream does not know"
+                yield Problem(f"train.{key}", message, "data.streaming=false, or without it")
+        if self.group_by_length and data.packing is not Packing.none:
+            message = f"data.packing={data.packing} makes sequences of like lengths already"
+            yield Problem("train.group_by_length", message, "one of the two")

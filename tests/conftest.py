@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ftrun import forkserver, record
+from ftrun import forkserver, model, record
 from ftrun.record import Result
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 os.environ.update(SETTINGS)
 os.environ.pop("FTRUN_FORK_SERVER", None)
+
+
+def _own_cache() -> str:
+    """Return a cache folder that starts without anything tokenised, and has what was downloaded before."""
+    kept, fresh = model.cache_folder(), Path(tempfile.mkdtemp(prefix="ftrun-tests-"))
+    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+    for name in ("models", "wheels"):
+        (kept / name).mkdir(parents=True, exist_ok=True)
+        (fresh / name).symlink_to(kept / name)
+    return str(fresh)
+
+
+os.environ["FTRUN_CACHE"] = _own_cache()
 
 
 @dataclasses.dataclass
@@ -53,12 +69,6 @@ class Done:
         log = self.folder / record.LOG
         assert self.code == code, f"{self.out}\n{self.err}\n{log.read_text()[-4000:] if log.exists() else ''}"
         return self
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder for the whole session."""
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -3,76 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftrun.data import OnBadRow, read
+from ftrun.data import OnBadRow, read, sources, storage
 from ftrun.data.formats import understand
-from ftrun.data.read import BadRow
+from ftrun.data.rows import BadRow, Row
+from ftrun.data.sources import Opened
 from ftrun.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from ftrun.config import Config
 
 FIRST_ROWS = 1000
+FIRST_BYTES = 8 << 20
+"""Of each file; a check that reads a long line or a large file for minutes helps nobody."""
+
+MOST_BYTES = 64 << 20
+"""Of all files together, as far as their sizes tell."""
+
 MOST_PROBLEMS = 5
 """Bad rows reported by name; of more, the count."""
 
 
 def check(cfg: Config) -> Iterator[Problem]:
     """Yield what is wrong with the files and their first rows."""
-    key = "data.sources" if cfg.data.sources else "data.path"
-    files: list[Path] = []
-    problems: list[Problem] = []
-    for index, source in enumerate(read.sources_of(cfg.data)):
-        if not source.path or read.is_hub_id(source.path):
-            continue
-        place = f"{key}.{index}.path" if cfg.data.sources else key
-        try:
-            found = read.find(place, source.path)
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        if not found.train:
-            message = f"{source.path} holds only files to evaluate on ({', '.join(file.name for file in found.eval)})"
-            problems.append(Problem(place, message, "rename the file, or name it"))
-        files += found.train
-    evaluated: list[Path] = []
-    try:
-        if cfg.data.eval_path or (cfg.data.path != "" and not problems):
-            evaluated = read.eval_files(cfg.data)
-    except ConfigError as error:
-        problems += error.problems
+    resolved, problems = sources.find(cfg.data, cfg.stage.rows)
     yield from dict.fromkeys(problems)
-    for file in [*files, *evaluated]:
-        if file.suffix in read.HEAVY_KINDS:
-            continue
-        try:
-            yield from _check_rows(cfg, file)
-        except ConfigError as error:
-            yield from error.problems
+    left = MOST_BYTES
+    for opened in [*resolved.train, *(one for found in resolved.eval.values() for one in found)]:
+        for file in opened.files:
+            if left <= 0 or not _is_light(file, opened.documents):
+                continue
+            try:
+                left -= min(FIRST_BYTES, Path(file).stat().st_size)
+                yield from _check_rows(cfg, opened, file)
+            except ConfigError as error:
+                yield from error.problems
 
 
-def _check_rows(cfg: Config, file: Path) -> Iterator[Problem]:
-    count, bad = 0, []
-    for row in islice(read.read(file), FIRST_ROWS):
-        count += 1
-        try:
-            understand(row, cfg.stage.rows, cfg.data.format)
-        except BadRow as error:
-            bad.append(error.problem)
-    if not count:
-        yield Problem(str(file), "has no rows", "a file with rows")
-    elif len(bad) == count:
+def _is_light(file: str, documents: bool) -> bool:
+    """Tell whether a file can be read here: without a network, and without packages that the driver must not import."""
+    kind, packing = storage.ending(file)
+    return not storage.is_url(file) and packing != ".zst" and (documents or kind in read.TEXTS)
+
+
+def _check_rows(cfg: Config, opened: Opened, file: str) -> Iterator[Problem]:
+    most = min(FIRST_ROWS, opened.rows or FIRST_ROWS)
+    rows, cut_off = read.head(file, most, FIRST_BYTES, documents=opened.documents)
+    bad = [problem for row in rows if (problem := _what_is_wrong(cfg, opened, row))]
+    if not rows and not cut_off:
+        yield Problem(file, "has no rows", "a file with rows")
+    elif rows and len(bad) == len(rows):
         first = bad[0]
-        others = f" (and all of the first {count} rows are like that)" if count > 1 else ""
+        others = f" (and all of the first {len(rows)} rows are like that)" if len(rows) > 1 else ""
         yield Problem(first.key, f"{first.message}{others}", first.fix.partition("; or data.on_bad_row")[0])
     elif cfg.data.on_bad_row is OnBadRow.error:
         yield from bad[:MOST_PROBLEMS]
         if len(bad) > MOST_PROBLEMS:
-            yield Problem(
-                str(file),
-                f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {count}",
-                "data.on_bad_row=skip counts and skips them",
-            )
+            message = f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {len(rows)}"
+            yield Problem(file, message, "data.on_bad_row=skip counts and skips them")
+
+
+def _what_is_wrong(cfg: Config, opened: Opened, row: Row | BadRow) -> Problem | None:
+    if isinstance(row, BadRow):
+        return row.problem
+    try:
+        understand(row, cfg.stage.rows, opened.format, opened.columns, opened.tags)
+    except BadRow as bad:
+        return bad.problem
+    return None

@@ -1,224 +1,320 @@
-"""What the columns of a row mean: raw rows into conversations, pairs and texts."""
+"""What the columns of a row mean: raw rows into conversations, pairs, texts and whatever else a stage trains on.
+
+A row is read in three steps: its columns say which layout it has (`LAYOUTS`), the layout's reader takes messages and
+texts from them, and what cannot be trained on is refused with a `BadRow`, whose `reason` holds nothing of the single
+row, so that bad rows can be counted by it.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
-from ftrun.data import Format, Reasoning
-from ftrun.data.read import BadRow, Row, json_name
-
-Message = dict[str, Any]
-"""``role``, ``content``, and whatever else the chat template reads (``tool_calls``, ``reasoning_content``)."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, some of them the assistant's."""
-
-    messages: list[Message]
-    row: Row
-    tools: list[Any] | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A better and a worse reply to the same messages."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    row: Row
-
-
-@dataclass(frozen=True)
-class Text:
-    """Plain text, all of it to be learned."""
-
-    text: str
-    row: Row
-
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-"""What the roles of the common formats are called here."""
-
-
-def _messages(row: Row) -> list[Message]:
-    """Read ``messages`` (role, content) or ``conversations`` (from, value)."""
-    key = "messages" if "messages" in row.value else "conversations"
-    turns = row.value[key]
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(row, f"{key} is not a list of messages", f'"{key}": [{{"role": "user", "content": "..."}}, ...]')
-    messages = [_message(row, turn, index) for index, turn in enumerate(turns)]
-    if isinstance(system := row.value.get("system"), str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def _message(row: Row, turn: Any, index: int) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRow(row, f"message {index + 1} is not an object", '{"role": "user", "content": "..."}')
-    role = turn.get("role", turn.get("from"))
-    if role is None:
-        raise BadRow(row, f"message {index + 1} has no role", f"one of {', '.join(ROLES)}")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(row, f"message {index + 1} has the role {role!r}", f"one of {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # OpenAI's parts
-        content = "".join(_part(row, part, index) for part in content)
-    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-        raise BadRow(row, f"message {index + 1} has no text in content", '"content": "..."')
-    more = {name: value for name, value in turn.items() if name not in ("role", "from", "content", "value")}
-    return {"role": ROLES[role], "content": content or "", **more}
-
-
-def _part(row: Row, part: Any, index: int) -> str:
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(part.get("text"), str):
-        what = f"a part of the type {kind}" if kind not in (None, "text") else "a part without text"
-        fix = '"content": "...", or parts {"type": "text", "text": "..."}'
-        raise BadRow(row, f"message {index + 1} has {what} in content, and only text is trained on", fix)
-    return str(part["text"])
-
-
-def _alpaca(row: Row) -> list[Message]:
-    value = row.value
-    query = "\n".join(_text_of(row, name) for name in ("instruction", "input") if value.get(name))
-    messages = [{"role": "system", "content": value["system"]}] if value.get("system") else []
-    for turn in value.get("history") or []:
-        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise BadRow(row, "history is not a list of [question, answer] pairs", '"history": [["...", "..."]]')
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return [*messages, {"role": "user", "content": query}, {"role": "assistant", "content": _text_of(row, "output")}]
-
-
-def _prompt_completion(row: Row) -> list[Message]:
-    completion = next(name for name in ("completion", "response") if name in row.value)
-    return [*_as_messages(row, "prompt", "user"), *_as_messages(row, completion, "assistant")]
-
-
-def _as_messages(row: Row, name: str, role: str) -> list[Message]:
-    """Read a column that holds a text or a list of messages."""
-    value = row.value[name]
-    if isinstance(value, dict):
-        value = [value]
-    if isinstance(value, list):
-        return [_message(row, turn, index) for index, turn in enumerate(value)]
-    return [{"role": role, "content": _text_of(row, name)}]
-
-
-def _text_of(row: Row, name: str) -> str:
-    value = row.value[name]
-    if not isinstance(value, str):
-        raise BadRow(row, f"{name} is {json_name(value)}, not text", f'"{name}": "..."')
-    return value
-
-
-def _pair(row: Row) -> Pair:
-    if "conversations" in row.value or "messages" in row.value:
-        prompt = _messages(row)
-    else:
-        prompt = next((_as_messages(row, name, "user") for name in ("prompt", "question") if name in row.value), [])
-    if not prompt and isinstance(row.value["chosen"], list):  # both replies hold the whole conversation
-        chosen, rejected = _as_messages(row, "chosen", "assistant"), _as_messages(row, "rejected", "assistant")
-        common = 0
-        while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-            common += 1
-        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-    else:
-        chosen, rejected = _as_messages(row, "chosen", "assistant"), _as_messages(row, "rejected", "assistant")
-    if not prompt or not chosen or not rejected:
-        raise BadRow(
-            row,
-            "chosen and rejected do not follow a common prompt",
-            '"prompt": "...", "chosen": "...", "rejected": "..."',
-        )
-    return Pair(prompt, chosen, rejected, row)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """How a format is told by its columns, and read."""
-
-    needs: tuple[tuple[str, ...], ...]
-    """Column names, of each of which one alternative must be there."""
-
-    read: Callable[[Row], Any]
-
-    def fits(self, columns: Sequence[str]) -> bool:
-        return all(any(name in columns for name in alternatives) for alternatives in self.needs)
-
-    def columns(self) -> str:
-        return " and ".join(" or ".join(alternatives) for alternatives in self.needs)
-
-
-# In the order in which they are tried: a row of preference pairs may also have messages.
-_SHAPES = {
-    Format.preference: _Shape((("chosen",), ("rejected",)), _pair),
-    Format.messages: _Shape((("messages",),), _messages),
-    Format.sharegpt: _Shape((("conversations",),), _messages),
-    Format.alpaca: _Shape((("instruction",), ("output",)), _alpaca),
-    Format.prompt_completion: _Shape((("prompt",), ("completion", "response")), _prompt_completion),
-    Format.text: _Shape((("text",),), lambda row: Text(_text_of(row, "text"), row)),
-}
+from ftrun import plugin
+from ftrun.data.calls import tools_of
+from ftrun.data.columns import (
+    ALTERNATIVES,
+    ANSWERS,
+    LABELS,
+    MASKS,
+    PROMPTS,
+    REPLIES,
+    TURNS,
+    asked,
+    column_of,
+    first_of,
+    prompt_of,
+    reply_of,
+    turns_of,
+)
+from ftrun.data.media import MEDIA, with_media
+from ftrun.data.messages import USUAL, Names, check_prompt, check_reply, names_of
+from ftrun.data.preference import SCORES, pairs_of
+from ftrun.data.rows import BadRow, Conversation, Feedback, Item, Message, Question, Row, Text
+from ftrun.data.tokens import tokens_of
+from ftrun.data.values import bad_row, clean, clean_tree, shown, type_name
+from ftrun.errors import ConfigError, Problem, did_you_mean
 
 KINDS = {
-    "conversations": (Format.messages, Format.sharegpt, Format.alpaca, Format.prompt_completion),
-    "pairs": (Format.preference,),
-    "texts": (Format.text,),
+    "conversations": ("messages", "sharegpt", "alpaca", "prompt_completion", "tokens"),
+    "pairs": ("preference",),
+    "feedback": ("feedback",),
+    "questions": ("prompt_answer", "prompt"),
+    "texts": ("text", "tokens"),
 }
-"""The formats that each kind of row can be read from."""
+"""The formats that each kind of row can be read from, in the order in which they are tried."""
 
 
-def understand(row: Row, kind: str, form: Format, reasoning: Reasoning = Reasoning.keep) -> Conversation | Pair | Text:
+def understand(
+    row: Row,
+    kind: str,
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> list[Item]:
     """Read one row as the kind that a stage trains on.
 
+    Args:
+        row: The row as it stands in a file.
+        kind: One of `KINDS`.
+        form: ``auto``, one of the formats of that kind, or a plugin of the group ``format``.
+        columns: The file's names of columns, by the names they have here: ``{"prompt": "question"}``. Of alternatives
+            (``final`` and ``answer``) the one that is named here is read.
+        tags: LLaMA-Factory's names of a message's fields and roles (`ftrun.data.info.TAGS`).
+
+    Returns:
+        One item; several for a row of ranked replies, or one that a plugin makes several of.
+
     Raises:
-        BadRow: Its columns are not those of the format, or not of any, or it has nothing to learn.
+        BadRow: Its columns are not those of the format, or not of any, or it cannot be trained on.
+        ConfigError: There is no such format.
     """
+    if columns:
+        row = Row(_renamed(row.value, columns), row.file, row.line)
+    if form != "auto" and form not in LAYOUTS:
+        made = _convert(row, form, _converter(form, kind))
+        return [item for one in made for item in understand(one, kind, "auto", None, tags)]
+    present = tuple([name for name, cell in row.value.items() if cell is not None])
+    read = _reader(kind, form, present)
+    if read is None:
+        raise _not_understood(row, kind, form)
+    return read(row, names_of(tuple(tags.items())) if tags else USUAL)
+
+
+def names() -> list[str]:
+    """Return what ``data.format`` can be: auto, the built-in formats and the plugins, importing none of these."""
+    return ["auto", *LAYOUTS, *plugin.names(plugin.Format.group)]
+
+
+def about(form: str) -> str:
+    """Return the columns of a built-in format, in words."""
+    return LAYOUTS[form].columns()
+
+
+def check(form: str, kind: str, key: str = "data.format") -> Iterator[Problem]:
+    """Yield why rows of a kind cannot be read as a format."""
+    is_plugin = plugin.exists(plugin.Format.group, form)
+    known = ", ".join(["auto", *KINDS[kind], *plugin.names(plugin.Format.group)])
+    if (form == "auto" or form in LAYOUTS) and is_plugin:
+        yield Problem(key, f"{form} is a format of ftrun, and a plugin has its name", "another name for the plugin")
+    elif form != "auto" and form in LAYOUTS and form not in KINDS[kind]:
+        yield Problem(key, f"{kind} are trained on, which {form} rows are not", f"one of {known}")
+    elif form != "auto" and form not in LAYOUTS and not is_plugin:
+        fix = f"one of {known}, or 'plugins=[FILE.py]' with the plugin"
+        yield Problem(key, f"there is no format {form}{did_you_mean(form, names())}", fix)
+
+
+# Which layout a row has.
+
+_Reader = Callable[[Row, Names], list[Item]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a format is told by its columns, and read."""
+
+    ways: tuple[tuple[tuple[str, ...], ...], ...]
+    """Sets of columns, one of which has to be there; of each column in it, one of its alternative names."""
+
+    read: _Reader
+
+    def fits(self, columns: Iterable[str]) -> bool:
+        return any(all(any(name in columns for name in column) for column in way) for way in self.ways)
+
+    def columns(self) -> str:
+        return ", or ".join(" and ".join(column[0] for column in way) for way in self.ways)
+
+
+@lru_cache(maxsize=256)
+def _reader(kind: str, form: str, columns: tuple[str, ...]) -> _Reader | None:
+    """Return how rows with these columns are read: rows of a file have the same ones, so this is remembered."""
+    there = frozenset(columns)
+    candidates = [name for name in KINDS[kind] if form in ("auto", name)]
+    return next((LAYOUTS[name].read for name in candidates if LAYOUTS[name].fits(there)), None)
+
+
+def _not_understood(row: Row, kind: str, form: str) -> BadRow:
+    """Say why no format of a kind fits."""
     columns = list(row.value)
-    candidates = KINDS[kind] if form is Format.auto else (form,)
-    shape = next((_SHAPES[name] for name in candidates if name in _SHAPES and _SHAPES[name].fits(columns)), None)
-    if shape is None:
-        expected = "; or ".join(_SHAPES[name].columns() for name in candidates if name in _SHAPES)
-        has = f"has the columns {', '.join(columns)}" if columns else "has no columns"
-        others = [k for k, forms in KINDS.items() if k != kind and any(_SHAPES[f].fits(columns) for f in forms)]
-        if others:
-            has += f" (those of {' or '.join(others)})"
-        fix = f"a stage that trains on {' or '.join(others)}, or rows of {kind}" if others else "rename the columns"
-        raise BadRow(row, f"{has}, and {kind} are read from {expected}", fix)
-    value = shape.read(row)
-    if isinstance(value, list):
-        value = Conversation([_think(message, reasoning) for message in value], row, row.value.get("tools") or None)
-        replies = [message for message in value.messages if message["role"] == "assistant"]
-        if not any(message["content"] or message.get("tool_calls") for message in replies):
-            raise BadRow(row, "has no reply of the assistant to learn", "an assistant message with text")
-    elif isinstance(value, Text) and not value.text.strip():
+    candidates = [LAYOUTS[name] for name in KINDS[kind] if form in ("auto", name)]
+    if not candidates:
+        fix = f"data.format=auto, {' or '.join(KINDS[kind])}"
+        return BadRow(row, f"{kind} are not read from rows of the format {form}", fix)
+    if any(layout.fits(columns) for layout in candidates):
+        null = next(name for name, cell in row.value.items() if cell is None and _is_needed(name, candidates))
+        lists = (*TURNS, "ranked", "responses", "scores", "input_ids")
+        wanted = "a list" if null in lists else "true or false" if null in LABELS else "text"
+        return BadRow(row, f"{null} is null, not {wanted}", f"{wanted} in {null}")
+    expected = "; or ".join(layout.columns() for layout in candidates)
+    telling = {k: [form for form in forms if form != "prompt"] for k, forms in KINDS.items()}  # most rows have it
+    others = [k for k, forms in telling.items() if k != kind and any(LAYOUTS[f].fits(columns) for f in forms)]
+    first = [shown(name, 60) for name in columns[:20]]
+    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+    has = f"has the columns {', '.join(first)}{more}" if columns else "has no columns"
+    has += f" (those of {' or '.join(others)})" if others else ""
+    rename = "rename the columns, or say in data.columns what they are"
+    fix = f"a stage that trains on {' or '.join(others)}, or rows of {kind}" if others else rename
+    reason = f"has other columns than {kind} are read from"
+    return bad_row(row, f"{has}, and {kind} are read from {expected}", fix, reason)
+
+
+def _is_needed(name: str, layouts: Iterable[_Layout]) -> bool:
+    return any(name in column for layout in layouts for way in layout.ways for column in way)
+
+
+def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Give columns the names they have here; one that is renamed hides what is called so in the file."""
+    theirs = set(columns.values())
+    chosen = {name for group in ALTERNATIVES if not columns.keys().isdisjoint(group) for name in group}
+    kept = {
+        name: cell for name, cell in value.items() if name not in columns and name not in theirs and name not in chosen
+    }
+    return kept | {ours: value[name] for ours, name in columns.items() if name in value}
+
+
+# Formats of plugins.
+
+
+def _converter(form: str, kind: str) -> plugin.Format:
+    try:
+        return _made(cast("Callable[[], plugin.Format]", plugin.get(plugin.Format.group, form)))
+    except LookupError:
+        raise ConfigError(list(check(form, kind))) from None
+
+
+@lru_cache(maxsize=8)
+def _made(cls: Callable[[], plugin.Format]) -> plugin.Format:
+    return cls()  # one for all rows, so that it may remember what it has read
+
+
+def _convert(row: Row, form: str, converter: plugin.Format) -> Iterator[Row]:
+    """Yield what a plugin makes of a row."""
+    fix = "mend the row, or the plugin"
+    try:
+        made = converter.convert(row.value)
+    except BadRow:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        reason = f"data.format={form} cannot convert it: {type(error).__name__}"
+        raise bad_row(row, f"{reason}: {shown(str(error), 500)}" if str(error) else reason, fix, reason) from error
+    rows = made if isinstance(made, list) else [made]
+    if not rows or not all(isinstance(value, dict) for value in rows):
+        what = "no row" if not rows else f"{type_name(next(v for v in rows if not isinstance(v, dict)))}, not a row,"
+        raise BadRow(row, f"data.format={form} makes {what} of it", 'a plugin that returns {"messages": [...]}')
+    yield from (Row(value, row.file, row.line) for value in rows)
+
+
+# Readers of layouts.
+
+
+def _messages(row: Row, names: Names) -> list[Item]:
+    return [_conversation(row, turns_of(row, "messages", names))]
+
+
+def _sharegpt(row: Row, names: Names) -> list[Item]:
+    return [_conversation(row, turns_of(row, "conversations", names))]
+
+
+def _alpaca(row: Row, _: Names) -> list[Item]:
+    messages = asked(row)
+    messages.append({"role": "assistant", "content": clean(row, row.value["output"], "output")})
+    return [_conversation(row, messages)]
+
+
+def _prompt_completion(row: Row, names: Names) -> list[Item]:
+    return [_conversation(row, [*prompt_of(row, names), *reply_of(row, names)])]
+
+
+def _conversation(row: Row, messages: list[Message]) -> Conversation:
+    messages, media = with_media(row, messages)
+    check_prompt(row, messages)
+    check_reply(row, messages)
+    return Conversation(messages, row, tools_of(row), media)
+
+
+def _feedback(row: Row, names: Names) -> list[Item]:
+    name = first_of(row, LABELS)
+    good = row.value[name]
+    if not isinstance(good, bool):
+        raise BadRow(row, f"{name} is {type_name(good)}, not true or false", f'"{name}": true')
+    if first_of(row, PROMPTS) and first_of(row, REPLIES):
+        messages = [*prompt_of(row, names), *reply_of(row, names)]
+    elif turns := first_of(row, TURNS):
+        messages = turns_of(row, turns, names)
+    else:
+        messages = [*asked(row), *column_of(row, "output", "assistant", names)]
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(row, "does not end with a reply of the assistant to judge", "an assistant message at the end")
+    messages, media = with_media(row, messages)
+    prompt, reply = messages[:-1], messages[-1:]
+    check_reply(row, reply)
+    check_prompt(row, prompt)
+    return [Feedback(prompt, reply, good, row, tools_of(row), media)]
+
+
+def _prompt_answer(row: Row, names: Names) -> list[Item]:
+    name = first_of(row, ANSWERS)
+    answer = row.value[name]
+    clean_tree(row, answer, name)
+    if answer in ("", [], {}) or (isinstance(answer, str) and answer.isspace()) or answer != answer:
+        what = "NaN" if answer != answer else "empty"
+        raise BadRow(row, f"{name} is {what}, and a reply is judged by it", f'"{name}": "42"')
+    return [_question(row, names, answer)]
+
+
+def _prompt(row: Row, names: Names) -> list[Item]:
+    return [_question(row, names, None)]
+
+
+def _question(row: Row, names: Names, answer: Any) -> Question:
+    prompt, media = with_media(row, prompt_of(row, names))
+    check_prompt(row, prompt)
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow(row, "ends with a reply of the assistant, so there is none to generate", "only the prompt")
+    return Question(prompt, answer, row, tools_of(row), media)
+
+
+def _text(row: Row, _: Names) -> list[Item]:
+    text = clean(row, row.value["text"], "text")
+    if not text or text.isspace():
         raise BadRow(row, "has an empty text", "some text")
-    return value
+    return [Text(text, row)]
 
 
-_THINK = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+def _columns(*ways: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Read sets of columns: words, or the alternatives that a word in capitals stands for."""
+    stand_for = {
+        "PROMPT": PROMPTS,
+        "REPLY": REPLIES,
+        "ANSWER": ANSWERS,
+        "LABEL": LABELS,
+        "TURNS": TURNS,
+    }
+    return tuple(tuple(stand_for.get(word, (word,)) for word in way.split()) for way in ways)
 
 
-def _think(message: Message, reasoning: Reasoning) -> Message:
-    """Drop the thinking from a reply, where that is asked for."""
-    if reasoning is Reasoning.keep or message["role"] != "assistant":
-        return message
-    kept = {name: value for name, value in message.items() if name != "reasoning_content"}
-    return kept | {"content": _THINK.sub("", message["content"])}
+LAYOUTS = {
+    "messages": _Layout(_columns("messages"), _messages),
+    "sharegpt": _Layout(_columns("conversations"), _sharegpt),
+    "alpaca": _Layout(_columns("instruction output"), _alpaca),
+    "prompt_completion": _Layout(_columns("PROMPT REPLY"), _prompt_completion),
+    "preference": _Layout(_columns("chosen rejected", "ranked", "responses scores"), pairs_of),
+    "feedback": _Layout(_columns("PROMPT REPLY LABEL", "TURNS LABEL", "instruction output LABEL"), _feedback),
+    "prompt_answer": _Layout(_columns("PROMPT ANSWER", "TURNS ANSWER"), _prompt_answer),
+    "prompt": _Layout(_columns("PROMPT", "TURNS", "instruction"), _prompt),
+    "text": _Layout(_columns("text"), _text),
+    "tokens": _Layout(_columns("input_ids"), tokens_of),
+}
+"""The built-in formats."""
+
+COLUMNS = frozenset(
+    [
+        *(name for layout in LAYOUTS.values() for way in layout.ways for column in way for name in column),
+        *("input", "history", "system", "tools", *MEDIA),
+        *("margin", *(name for scores in SCORES for name in scores)),
+        *(*MASKS, "attention_mask"),
+    ]
+)
+"""Every column that a built-in format reads."""

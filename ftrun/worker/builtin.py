@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftrun.data import read
+from ftrun.data import places, read
 from ftrun.model import BUILTIN, BUILTINS
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _demo_files() -> list[Path]:
-    return [file for name in read.demos() for file in read.find("data.path", read.DEMO + name).train]
+def _demo_files() -> list[str]:
+    return [file for name in places.demos() for file in places.find("data.path", places.DEMO + name).train]
 
 
 def model(arguments: dict[str, Any]) -> PreTrainedModel:

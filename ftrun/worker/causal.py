@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ftrun.worker.batches import Batch, collator, pad
-from ftrun.worker.encode import IGNORED
+from ftrun.worker.batches import IGNORED, Batch, model_inputs, pad
 from ftrun.worker.training import RunTrainer
 
 if TYPE_CHECKING:
@@ -20,54 +19,85 @@ if TYPE_CHECKING:
 
 
 class CausalTrainer(RunTrainer):
-    """Next-token prediction on the labelled tokens, normalised over all of a step's batches and processes."""
+    """Next-token prediction on the labelled tokens, normalised over all of a step's batches and processes.
+
+    The loss of a step is the sum of weight times cross-entropy over its labelled tokens, divided by the sum of their
+    weights. A token of a row without weights weighs 1: then it is the mean over the labelled tokens.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.model_accepts_loss_kwargs = True  # have the labelled tokens of the whole step counted
+        self.model_accepts_loss_kwargs = True  # have the weights of the whole step summed
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+        """Return the summed weights of the labelled tokens of a step, over all processes; 1 if there are none."""
+        here = sum((label_weight(batch) for batch in batch_samples), torch.zeros((), device=device))
+        total = self.accelerator.reduce(here)
+        return torch.where(total > 0, total, torch.ones_like(total))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the summed loss of a batch over the labelled tokens of the whole step."""
+        """Return the summed loss of a batch over the summed weights of the whole step."""
         logits, targets = labelled_logits(model, self.model, inputs)
-        total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        total = summed_loss(logits, targets, labelled_weights(inputs))
         # Processes average their gradients, so each one's share is scaled up by their number.
         return total / num_items_in_batch * self.accelerator.num_processes
 
-    def get_train_dataloader(self) -> Any:
-        """Batch the rows as the config says."""
-        self.data_collator = collator(self.run.cfg.data, self.run.pad_id)
-        return super().get_train_dataloader()
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss over all labelled tokens of the evaluation rows, however they are batched."""
-        sums = [0.0, 0.0, 0.0]
+        """Return the mean loss over all labelled tokens of each evaluation set, however they are batched."""
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch in self._eval_batches():
-                logits, targets = labelled_logits(self.model, self.model, batch)
-                loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-                right = (logits.argmax(-1) == targets).sum()
-                here = (loss.item(), right.item(), len(targets))
-                sums = [total + new for total, new in zip(sums, here, strict=True)]
-        loss_sum, right_sum, count = self.over_processes(sums)
-        metrics = {
-            "eval_loss": loss_sum / count,
-            "eval_token_accuracy": right_sum / count,
-            "eval_perplexity": math.exp(min(loss_sum / count, 700.0)),
-        }
+        metrics: dict[str, float] = {}
+        for name, rows in self.run.rows.evals.items():
+            metrics |= self._evaluate_set(f"eval_{name}_" if name else "eval_", rows)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _eval_batches(self) -> Iterator[Batch]:
-        """Yield this process's share of the evaluation rows, each row once over all processes."""
-        size = self.args.per_device_eval_batch_size
-        mine = self.run.rows.eval[self.args.process_index :: self.args.world_size]
-        for start in range(0, len(mine), size):
-            batch = pad(mine[start : start + size], self.run.pad_id)
-            yield {name: value.to(self.args.device) for name, value in batch.items()}
+    def _evaluate_set(self, prefix: str, rows: Any) -> dict[str, float]:
+        sums = [0.0, 0.0, 0.0, 0.0]
+        with torch.no_grad(), self.accelerator.autocast():
+            for found in self.run.in_file_order(rows, padded=True):
+                batch = self.on_device(pad(found, self.run.pad_id))
+                logits, targets = labelled_logits(self.model, self.model, batch)
+                loss = summed_loss(logits, targets, labelled_weights(batch))
+                right = (logits.argmax(-1) == targets).sum()
+                here = (loss.item(), label_weight(batch).item(), right.item(), len(targets))
+                sums = [total + new for total, new in zip(sums, here, strict=True)]
+        loss_sum, weight, right_sum, count = self.over_processes(sums)
+        if not weight:
+            return {}
+        return {
+            f"{prefix}loss": loss_sum / weight,
+            f"{prefix}token_accuracy": right_sum / count,
+            f"{prefix}perplexity": math.exp(min(loss_sum / weight, 700.0)),
+        }
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the summed cross-entropy, in float32, each token's times its weight.
+
+    Args:
+        logits: Of shape (N, V).
+        targets: Of shape (N,).
+        weights: Of shape (N,), or 1 each.
+    """
+    if weights is None:
+        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return (functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+
+
+def labelled_weights(inputs: Batch) -> torch.Tensor | None:
+    """Return the weights of the labelled tokens, of shape (N,), if the batch has weights."""
+    if "weights" not in inputs:
+        return None
+    return inputs["weights"][:, 1:][labelled_positions(inputs["labels"])[:, :-1]]
+
+
+def label_weight(inputs: Batch) -> torch.Tensor:
+    """Return the summed weights of the labelled tokens of a batch: how many there are, where it has no weights."""
+    weights = labelled_weights(inputs)
+    return labelled_positions(inputs["labels"]).sum().float() if weights is None else weights.sum()
 
 
 def labelled_logits(model: nn.Module, plain: PreTrainedModel, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,9 +115,8 @@ def labelled_logits(model: nn.Module, plain: PreTrainedModel, inputs: Batch) -> 
     """
     labels = inputs["labels"]
     where = labelled_positions(labels)
-    features = {name: value for name, value in inputs.items() if name != "labels"}
     with _head_only_at(plain.get_output_embeddings(), where):
-        output = model(**features, use_cache=False)
+        output = model(**model_inputs(inputs), use_cache=False)
     return output.logits[0], labels[:, 1:][where[:, :-1]]
 
 

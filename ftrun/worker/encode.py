@@ -2,360 +2,438 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import random
-from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from ftrun import events
+import numpy as np
+
 from ftrun.config import Config
-from ftrun.data import Data, OnBadRow, Packing, TrainOn, read
-from ftrun.data.formats import Conversation, Message, Pair, Text, understand
-from ftrun.data.read import BadRow, Row
-from ftrun.errors import ConfigError, Problem
+from ftrun.data import Cut, Packing, TooLong, TrainOn
+from ftrun.data.formats import understand
+from ftrun.data.rows import BadRow, Conversation, Feedback, Item, Pair, Question, Row, Text, Tokens
+from ftrun.data.sources import Opened
+from ftrun.worker.batches import IGNORED
+from ftrun.worker.render import Part, Renderer
+from ftrun.worker.tokens import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that is not learned."""
+Numbers = np.ndarray[Any, Any]
+
+VERSION = 1
+"""Raised when the same row gives other tokens than before: what was tokenised is then tokenised again."""
 
 
-class Encoded(TypedDict):
-    """One training sequence."""
+@dataclass(slots=True)
+class Encoded:
+    """One sequence of tokens."""
 
-    input_ids: list[int]
-    labels: list[int]
+    ids: list[int]
+    spans: list[int] = field(default_factory=list)
+    """What is learned: start, end, start, end ..."""
 
+    weights: list[float] = field(default_factory=list)
+    """How much the tokens of each span count."""
 
-class Packed(Encoded):
-    """One sequence of several rows; the positions start again at each, which is what keeps attention apart."""
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    """Where the model's own text stands, learned or not."""
 
-    position_ids: list[int]
+    labels: list[int] | None = None
+    """The labels, where they are not simply the learned tokens."""
 
-
-@dataclass
-class Rows:
-    """The encoded rows of a run, and what became of those that were read."""
-
-    train: list[Any]
-    eval: list[Any]
-    eval_prompts: list[list[Message]] = field(default_factory=list)
-    """What comes before the last reply, for the first evaluation rows."""
-
-    report: dict[str, Any] = field(default_factory=dict)
-    """Rows in and out by reason, tokens, truncation, packing."""
-
-    content_key: str = ""
-    """Hash of everything that the tokens depend on."""
+    @property
+    def learned(self) -> int:
+        """How many tokens have a label that can be predicted: the first has nothing to be predicted from."""
+        if self.labels is not None:
+            return sum(label != IGNORED for label in self.labels[1:])
+        return sum(self.spans[1::2]) - sum(self.spans[::2]) - (self.spans[:1] == [0])
 
 
-def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read, render and tokenise the rows of a run, of whatever kind its stage trains on.
+@dataclass(slots=True)
+class EncodedRow:
+    """What is kept of a row: its sequences, and what else a stage reads of it."""
 
-    A row of conversations or texts becomes one `Encoded`, a pair becomes ``{"chosen": Encoded, "rejected": Encoded}``.
+    row: Row
+    sequences: list[Encoded]
+    """One; of a pair two, the better first."""
 
-    Raises:
-        ConfigError: A row cannot be trained on and ``data.on_bad_row=error``, or no row is left.
-    """
-    events.send("phase", text="encoding the rows")
-    train_rows, eval_rows = split(cfg)
-    digest = hashlib.sha256(repr((cfg.data, tokenizer.chat_template, tokenizer.vocab_size)).encode())
-    train, report = _encode_all(cfg, tokenizer, train_rows, digest)
-    held_out, eval_report = _encode_all(cfg, tokenizer, eval_rows, digest)
-    if not train:
-        message = f"no row is left to train on: {report.reasons()}"
-        raise ConfigError([Problem("data", message, "other rows, or a larger data.max_length")])
-    rows = Rows([row for _, row in train], [row for _, row in held_out], content_key=digest.hexdigest())
-    rows.eval_prompts = [_prompt(item) for item, _ in held_out if isinstance(item, Conversation)]
-    rows.report = {"train": report.summary(), **({"eval": eval_report.summary()} if held_out else {})}
-    if cfg.data.packing is Packing.best_fit:
-        rows.train = pack(rows.train, cfg.data.max_length)
-        efficiency = report.tokens / (len(rows.train) * cfg.data.max_length)
-        rows.report["train"] |= {"packed_into": len(rows.train), "packing_efficiency": round(efficiency, 4)}
-    return rows
+    extra: Any = None
+    """A pair's margin, feedback's label, a question's answer."""
+
+    truncated: bool = False
+    special_as_text: bool = False
+    """Whether the row's own text holds special tokens, which are tokenised as text."""
 
 
-def split(cfg: Config) -> tuple[Iterable[Row], Iterable[Row]]:
-    """Return the rows to train on and those to evaluate on, which are never the same."""
-    sources = read.sources_of(cfg.data)
-    train: Iterable[Row] = _all_rows(cfg, sources)
-    if not cfg.data.eval_size:
-        return train, [row for file in read.eval_files(cfg.data) for row in read.read(file)]
-    everything = list(train)
-    size = cfg.data.eval_size
-    count = int(size) if size >= 1 else math.ceil(size * len(everything))
-    if count >= len(everything):
-        message = f"{count} of {len(everything)} rows held out leave none to train on"
-        raise ConfigError([Problem("data.eval_size", message, f"data.eval_size= less than {len(everything)}")])
-    chosen = set(random.Random(cfg.seed).sample(range(len(everything)), count))  # noqa: S311
-    return (
-        [row for index, row in enumerate(everything) if index not in chosen],
-        [row for index, row in enumerate(everything) if index in chosen],
-    )
+SIDES: dict[str, tuple[str, ...]] = {"pairs": ("chosen", "rejected")}
+"""The names of a row's sequences, for kinds of rows that have several."""
 
 
-def _all_rows(cfg: Config, sources: list[Any]) -> Iterator[Row]:
-    for source in sources:
-        if read.is_hub_id(source.path):
-            yield from _hub_rows(source)
-        else:
-            yield from read.rows([source], cfg.seed)
+class RowEncoder:
+    """Tokenises rows as a config says."""
+
+    def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.data = cfg.data
+        self.text = TextEncoder(tokenizer)
+        self.renderer = Renderer(tokenizer, cfg.template, cfg.data, self.text)
+        self._eos_id = tokenizer.eos_token_id
+        self._single_eos = cfg.template.single_eos
+        # Text that is packed one row behind the other is cut where a sequence is full, not here.
+        self._limit = None if cfg.data.packing is Packing.concatenate else cfg.data.max_length
+        self._bos_ids = _opening_ids(tokenizer)
+
+    def encode(self, items: Sequence[Item]) -> list[EncodedRow | BadRow]:
+        """Tokenise rows, all texts of the batch at once; the rows that cannot be trained on come back as `BadRow`.
+
+        Of one item there may come several rows: one for each reply, where the template rewrites earlier turns.
+        """
+        drafts: list[_Draft | BadRow] = []
+        for item in items:
+            try:
+                drafts += _DRAFTS[type(item)](self, item)
+            except BadRow as bad:
+                drafts.append(bad)
+        texts = [part.text for draft in drafts if isinstance(draft, _Draft) for side in draft.sides for part in side]
+        ids = iter(self.text.encode_many(texts))
+        return [draft if isinstance(draft, BadRow) else self._finished(draft, ids) for draft in drafts]
+
+    def prompt_ids(self, messages: Sequence[Any], row: Row, tools: list[Any] | None = None) -> list[int]:
+        """Return the tokens that a model is given to reply to messages: those that training has before a reply.
+
+        Raises:
+            BadRow: The template refuses the messages.
+        """
+        parts = self.renderer.prompt(messages, row, tools)
+        return [token for ids in self.text.encode_many(parts) for token in ids]
+
+    def _finished(self, draft: _Draft, ids: Any) -> EncodedRow | BadRow:
+        sequences = [draft.ready] if draft.ready else [self._joined(side, ids, draft) for side in draft.sides]
+        longest = max(len(sequence.ids) for sequence in sequences)
+        too_long = self._limit is not None and longest > self._limit
+        if too_long and self.data.too_long is not TooLong.cut:
+            return TooLongRow(draft.row, longest, self.data.max_length)
+        if too_long:
+            sequences = self._cut(sequences, draft)
+        if not draft.prompt_only and not all(sequence.learned for sequence in sequences):
+            what = f"the first {self._limit} tokens hold" if too_long else "the row holds"
+            return BadRow(draft.row, f"{what} nothing to learn", "a reply to learn, or another data.train_on")
+        return EncodedRow(draft.row, sequences, draft.extra, too_long, draft.special_as_text)
+
+    def _cut(self, sequences: list[Encoded], draft: _Draft) -> list[Encoded]:
+        assert self._limit is not None
+        if self.data.cut is Cut.middle or draft.open_end or draft.prompt_only:
+            return cut(sequences, self._limit, open_end=draft.open_end)
+        if draft.one_turn:
+            return cut_each_at_its_end(sequences, self._limit)
+        return [cut_turns(sequences[0], self._limit, last_first=self.data.train_on is TrainOn.last)]
+
+    def _joined(self, parts: Sequence[Part], ids: Any, draft: _Draft) -> Encoded:
+        """Put the tokens of a sequence's parts behind one another."""
+        out = Encoded([])
+        for part in parts:
+            start = len(out.ids)
+            out.ids += next(ids)
+            _learn(out, start, part.weight, reply=part.reply)
+        if draft.ends_with_eos and self._eos_id is not None and out.ids[-1:] != [self._eos_id]:
+            out.ids.append(self._eos_id)
+            _learn(out, len(out.ids) - 1, 1.0)
+        if draft.begins_with_bos and self._bos_ids:
+            out.ids[:0] = self._bos_ids
+            out.spans = [position + len(self._bos_ids) for position in out.spans]
+            out.spans[:1] = [0]  # all of a text is learned
+        if self._single_eos and out.replies and not draft.prompt_only:
+            self._end_replies(out)
+        return out
+
+    def _end_replies(self, out: Encoded) -> None:
+        """Teach a template's single end-of-sequence token after each learned reply.
+
+        It stands in the text after the last reply only; after the others it is the label at the next prompt's first
+        token.
+        """
+        out.labels = [IGNORED] * len(out.ids)
+        for start, end in zip(out.spans[::2], out.spans[1::2], strict=True):
+            out.labels[start:end] = out.ids[start:end]
+        for _, end in out.replies:
+            if end < len(out.ids) and out.labels[end - 1] != IGNORED and out.labels[end] == IGNORED:
+                out.labels[end] = self._eos_id
 
 
-def _hub_rows(source: Any) -> Iterator[Row]:
-    """Yield the rows of the ``train`` split of a data set on the hub."""
-    from datasets import load_dataset
+class TooLongRow(BadRow):
+    """A row of more than ``data.max_length`` tokens, where none is to be cut."""
 
-    try:
-        found = load_dataset(source.path, split="train")
-    except Exception as error:
-        message = f"there is no file {source.path}, and the hub gives no data set: {str(error).splitlines()[0]}"
-        raise ConfigError([Problem("data.path", message, "a file, or a hub id with a train split")]) from error
-    yield from (Row(dict(value), source.path, number) for number, value in enumerate(islice(found, source.rows), 1))
+    def __init__(self, row: Row, length: int, longest: int) -> None:
+        super().__init__(row, f"is longer than data.max_length={longest}", "data.too_long=cut")
+        self.length = length
 
 
-@dataclass
-class _Report:
-    """What became of the rows."""
+@dataclass(slots=True)
+class _Draft:
+    """A row whose texts are known and whose tokens are not."""
 
-    read: int = 0
-    rows: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    tokens: int = 0
-    learned: int = 0
+    row: Row
+    sides: list[Sequence[Part]]
+    extra: Any = None
+    prompt_only: bool = False
+    ends_with_eos: bool = False
+    begins_with_bos: bool = False
+    open_end: bool = False
+    """Whether all of it is learned, so that a cut may fall anywhere."""
 
-    def reasons(self) -> str:
-        """Return the reasons for which rows were skipped, most frequent first."""
-        return "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common()) or "none was read"
+    one_turn: bool = False
+    """Whether all that comes before what is learned is one prompt, the turns in it included."""
 
-    def take(self, sequences: list[Encoded], *, truncated: bool) -> None:
-        """Count a row that is trained on."""
-        self.rows += 1
-        self.truncated += truncated
-        self.tokens += sum(len(sequence["input_ids"]) for sequence in sequences)
-        self.learned += sum(label != IGNORED for sequence in sequences for label in sequence["labels"])
+    ready: Encoded | None = None
+    """The sequence itself, of a row that came tokenised."""
 
-    def summary(self) -> dict[str, Any]:
-        """Return the counts, for the log and the manifest."""
-        return {
-            "rows_read": self.read,
-            "rows": self.rows,
-            "skipped": dict(self.skipped),
-            "truncated": self.truncated,
-            "tokens": self.tokens,
-            "tokens_learned": self.learned,
-        }
+    special_as_text: bool = False
 
 
-def _encode_all(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], digest: Any
-) -> tuple[list[tuple[Conversation | Pair | Text, Any]], _Report]:
-    """Encode rows; return each with what it was read as."""
-    report, out = _Report(), []
-    longest = cfg.data.max_length
-    for row in rows:
-        report.read += 1
-        digest.update(repr(row.value).encode())
-        try:
-            item = understand(row, cfg.stage.rows, cfg.data.format, cfg.data.reasoning)
-            whole = encode(item, tokenizer, cfg.data)
-            sequences = [_cut(sequence, longest, row) for sequence in whole]
-        except BadRow as bad:
-            if cfg.data.on_bad_row is OnBadRow.error:
-                raise ConfigError([bad.problem]) from None
-            report.skipped[bad.reason] += 1
-            continue
-        report.take(sequences, truncated=any(len(sequence["input_ids"]) > longest for sequence in whole))
-        pair = len(sequences) == 2
-        out.append((item, dict(zip(("chosen", "rejected"), sequences, strict=True)) if pair else sequences[0]))
-    return out, report
+def _conversation(encoder: RowEncoder, item: Conversation) -> list[_Draft]:
+    special = _special_as_text(encoder, item.messages)
+    return [_Draft(item.row, [parts], special_as_text=special) for parts in encoder.renderer.sequences(item)]
 
 
-def encode(item: Conversation | Pair | Text, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Encoded]:
-    """Return the sequence of a row, or the two of a pair, uncut.
+def _pair(encoder: RowEncoder, item: Pair) -> list[_Draft]:
+    sides = []
+    for reply in (item.chosen, item.rejected):
+        whole = Conversation(item.prompt + reply, item.row, item.tools, item.media)
+        sides.append(_only(encoder.renderer.sequences(whole, first=len(item.prompt)), item.row))
+    special = _special_as_text(encoder, item.prompt + item.chosen + item.rejected)
+    return [_Draft(item.row, sides, item.margin, one_turn=True, special_as_text=special)]
 
-    Raises:
-        BadRow: The template refuses the row, or renders it in a way that cannot be masked.
-    """
-    if isinstance(item, Text):
-        return [encode_text(item, tokenizer)]
-    if isinstance(item, Conversation):
-        return [encode_conversation(item, tokenizer, data)]
+
+def _feedback(encoder: RowEncoder, item: Feedback) -> list[_Draft]:
+    whole = Conversation(item.prompt + item.reply, item.row, item.tools, item.media)
+    parts = _only(encoder.renderer.sequences(whole, first=len(item.prompt)), item.row)
+    special = _special_as_text(encoder, whole.messages)
+    return [_Draft(item.row, [parts], item.good, one_turn=True, special_as_text=special)]
+
+
+def _question(encoder: RowEncoder, item: Question) -> list[_Draft]:
+    texts = encoder.renderer.prompt(item.prompt, item.row, item.tools)
+    parts = [Part(text, 0.0, False) for text in texts]
+    special = _special_as_text(encoder, item.prompt)
+    return [_Draft(item.row, [parts], item.answer, prompt_only=True, special_as_text=special)]
+
+
+def _text(encoder: RowEncoder, item: Text) -> list[_Draft]:
+    special = encoder.text.has_special(item.text) and not encoder.data.control_tokens_in_text
+    text = encoder.text.guard(item.text) if special else item.text
     return [
-        encode_conversation(Conversation(item.prompt + reply, item.row), tokenizer, data, first=len(item.prompt))
-        for reply in (item.chosen, item.rejected)
+        _Draft(
+            item.row,
+            [[Part(text, 1.0, False)]],
+            ends_with_eos=True,
+            begins_with_bos=True,
+            open_end=True,
+            special_as_text=special,
+        )
     ]
 
 
-def encode_text(item: Text, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Tokenise a plain text, ended by the end-of-sequence token; all of it is learned."""
-    ids = tokenizer(item.text, add_special_tokens=True)["input_ids"]
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
-    return {"input_ids": ids, "labels": list(ids)}
+def _tokens(_: RowEncoder, item: Tokens) -> list[_Draft]:
+    ready = Encoded(item.input_ids)
+    ready.labels = item.labels
+    return [_Draft(item.row, [], ready=ready, open_end=True)]
 
 
-def encode_conversation(
-    item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data, *, first: int = 0
-) -> Encoded:
-    """Render a conversation with the chat template and tokenise it, piece by piece.
+_DRAFTS: dict[type[Any], Callable[[RowEncoder, Any], list[_Draft]]] = {
+    Conversation: _conversation,
+    Pair: _pair,
+    Feedback: _feedback,
+    Question: _question,
+    Text: _text,
+    Tokens: _tokens,
+}
 
-    The pieces are tokenised apart, so that no token spans the border between a prompt and a reply: at inference the
-    prompt ends there.
+
+def _only(found: list[list[Part]], row: Row) -> list[Part]:
+    if len(found) != 1:
+        raise BadRow(
+            row, "the chat template rewrites earlier turns, so that no mask can be right", "replies of one message"
+        )
+    return found[0]
+
+
+def _special_as_text(encoder: RowEncoder, messages: Sequence[Any]) -> bool:
+    return not encoder.data.control_tokens_in_text and encoder.renderer.holds_special(list(messages))
+
+
+def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what a tokenizer puts in front of a text of its own accord: the token of a beginning, or nothing."""
+    with_it, without = (list(tokenizer("a", add_special_tokens=wanted)["input_ids"]) for wanted in (True, False))
+    starts = (at for at in range(len(with_it)) if with_it[at : at + len(without)] == without)
+    return with_it[: next(starts, 0)]
+
+
+def _learn(out: Encoded, start: int, weight: float, *, reply: bool = False) -> None:
+    """Note what the tokens from ``start`` to the end of a growing sequence are."""
+    end = len(out.ids)
+    if start == end:
+        return
+    if reply:
+        begin = out.replies.pop()[0] if out.replies and out.replies[-1][1] == start else start
+        out.replies.append((begin, end))
+    if not weight:
+        return
+    if out.spans and out.spans[-1] == start and out.weights[-1] == weight:
+        out.spans[-1] = end
+    else:
+        out.spans += (start, end)
+        out.weights.append(weight)
+
+
+def understood(rows: Iterable[tuple[Opened, Row | BadRow]], kind: str) -> tuple[list[Item], list[BadRow]]:
+    """Read rows as the kind that a stage trains on; return also those that cannot be."""
+    items: list[Item] = []
+    bad: list[BadRow] = []
+    for opened, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            items += understand(row, kind, opened.format, opened.columns, opened.tags)
+        except BadRow as error:
+            bad.append(error)
+    return items, bad
+
+
+def arrays(ids: Any, spans: Any, weights: Any | None, labels: Any | None) -> dict[str, Numbers]:
+    """Return a sequence as it is trained on.
 
     Args:
-        item: The messages.
-        tokenizer: Has the chat template.
-        data: Says what is learned.
-        first: The first message that may be learned.
+        ids: Its T tokens.
+        spans: What is learned: start, end, start, end ...
+        weights: How much each span counts, if any of the data set counts more or less than 1.
+        labels: The labels, where they are not simply the learned tokens.
 
-    Raises:
-        BadRow: The template refuses the row, or renders it in a way that cannot be masked.
+    Returns:
+        ``input_ids`` and ``labels`` of shape (T,) as int32, and with weights ``weights`` of shape (T,) as float32.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, learned in segments(item, tokenizer, data, first):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        input_ids += ids
-        labels += ids if learned else [IGNORED] * len(ids)
-    return {"input_ids": input_ids, "labels": labels}
+    out = {"input_ids": np.array(ids, np.int32), "labels": np.full(len(ids), IGNORED, np.int32)}
+    pairs = np.asarray(spans, np.int32).reshape(-1, 2).tolist()
+    for start, end in pairs:
+        out["labels"][start:end] = out["input_ids"][start:end]
+    if labels is not None and len(labels):
+        out["labels"] = np.array(labels, np.int32)
+    if weights is not None:
+        out["weights"] = np.ones(len(ids), np.float32)
+        for (start, end), weight in zip(pairs, weights, strict=True):
+            out["weights"][start:end] = weight
+    return out
 
 
-def segments(
-    item: Conversation, tokenizer: PreTrainedTokenizerBase, data: Data, first: int = 0
-) -> list[tuple[str, bool]]:
-    """Cut the rendered text of a conversation into pieces that are learned and pieces that are not.
+def share(prompt: int, reply: int, room: int) -> int:
+    """Return how many of ``room`` tokens a prompt gets, where prompt and reply together are longer.
 
-    The conversation is rendered message by message, and each rendering must begin with the one before. A reply's piece
-    runs from where the generation prompt ends to the end-of-turn token, that included; what a template puts after it
-    (ChatML's newline) is never generated, so not learned.
-
-    Raises:
-        BadRow: The template raises, or rewrites what came before.
+    The shorter of the two stays whole if it takes less than half of the room; else each gives up the same share. A
+    reply always keeps at least one token.
     """
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    last_reply = max((i for i, message in enumerate(item.messages) if message["role"] == "assistant"), default=-1)
-    for index, message in enumerate(item.messages):
-        learned = index >= first and _is_learned(message, index == last_reply, data)
-        if message["role"] == "assistant":
-            prompt = render(item, index, tokenizer, generation_prompt=True)
-            pieces.append((_extension(item.row, done, prompt), data.train_on is TrainOn.all))
-            done = prompt
-        elif learned:  # apart from what is not learned before it
-            before = render(item, index, tokenizer)
-            pieces.append((_extension(item.row, done, before), data.train_on is TrainOn.all))
-            done = before
-        elif index + 1 < len(item.messages):
-            continue  # rendered together with what follows it
-        text = render(item, index + 1, tokenizer)
-        piece = _extension(item.row, done, text)
-        done = text
-        reply, after = _after_end(piece, tokenizer) if message["role"] == "assistant" else (piece, "")
-        pieces += [(reply, learned), (after, data.train_on is TrainOn.all)]
-    return [(text, learned) for text, learned in pieces if text]
+    if 2 * reply < room:
+        kept = reply
+    elif 2 * prompt < room:
+        kept = room - prompt
+    else:
+        kept = room * reply // (prompt + reply)
+    return min(prompt, room - max(1, kept))
 
 
-def render(
-    item: Conversation, count: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool = False
-) -> str:
-    """Return the first ``count`` messages as the chat template writes them.
+def cut(sequences: Sequence[Encoded], limit: int, *, open_end: bool = False) -> list[Encoded]:
+    """Cut sequences with a common prompt, or a single one, down to ``limit`` tokens each.
 
-    Raises:
-        BadRow: The template refuses them.
+    A prompt that takes too much of the room (`share`) loses its middle: its beginning holds the system message and the
+    task, its end the latest turn and the opening of the reply. Then the sequence is cut at its end, and a later
+    prompt that no reply follows is left out too. Of several sequences, all keep the same part of the prompt.
+
+    Args:
+        sequences: What to cut.
+        limit: Most tokens that each may have.
+        open_end: All of the text is learned, so it is cut at its end and nowhere else.
     """
-    if not count and not generation_prompt:
-        return ""
-    try:
-        text = tokenizer.apply_chat_template(
-            item.messages[:count], tools=item.tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # a template can raise anything
-        raise BadRow(
-            item.row,
-            f"the chat template refuses it: {error}",
-            "a conversation the model's template knows, or template=NAME",
-        ) from None
-    assert isinstance(text, str)
-    return text
+    replies = [next((span for span in sequence.replies if _touches(sequence, span)), None) for sequence in sequences]
+    if open_end or not any(replies):
+        if not open_end and not any(sequence.spans for sequence in sequences):  # prompts alone
+            return [_without(s, limit - limit // 2, len(s.ids) - limit // 2) for s in sequences]
+        return [_without(sequence, limit, len(sequence.ids)) for sequence in sequences]
+    known = [span for span in replies if span]
+    prompt = min(start for start, _ in known)
+    kept = share(prompt, max(end - start for start, end in known), limit)
+    head = kept - kept // 2
+    shorter = [_without(sequence, head, prompt - kept // 2) for sequence in sequences]
+    return [_without(sequence, _end(sequence, limit), len(sequence.ids)) for sequence in shorter]
 
 
-def _extension(row: Row, done: str, text: str) -> str:
-    if not text.startswith(done):
-        message = "the chat template rewrites earlier turns, so that no mask can be right"
-        raise BadRow(row, message, "data.train_on=last with one reply a row, or template=chatml")
-    return text[len(done) :]
+def cut_each_at_its_end(sequences: Sequence[Encoded], limit: int) -> list[Encoded]:
+    """Cut the prompt that sequences have in common at its end, and each reply at its own: LLaMA-Factory's rule."""
+    prompt = min(sequence.spans[0] for sequence in sequences)
+    kept = share(prompt, max(len(sequence.ids) for sequence in sequences) - prompt, limit)
+    shorter = [_without(sequence, kept, prompt) for sequence in sequences]
+    return [_without(sequence, limit, len(sequence.ids)) for sequence in shorter]
 
 
-def _after_end(piece: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Split a reply after its last end-of-turn token, if it has one."""
-    end = tokenizer.eos_token or ""
-    at = piece.rfind(end) + len(end) if end and end in piece else len(piece)
-    return piece[:at], piece[at:]
+def cut_turns(sequence: Encoded, limit: int, *, last_first: bool) -> Encoded:
+    """Share the room among turns, one after the other, each cut at the ends of its prompt and its reply.
 
+    LLaMA-Factory's rule: what is left of the room goes to the next turn, and turns that find none are left out. The
+    opening of a reply is lost with the end of its prompt.
 
-def _is_learned(message: Message, is_last_reply: bool, data: Data) -> bool:
-    if data.train_on is TrainOn.all:
-        return True
-    if data.train_on is TrainOn.roles:
-        return message["role"] in data.train_roles
-    return message["role"] == "assistant" and (is_last_reply or data.train_on is TrainOn.completions)
-
-
-def _cut(encoded: Encoded, max_length: int, row: Row) -> Encoded:
-    """Cut a sequence at its end.
-
-    Raises:
-        BadRow: Nothing that is learned is left.
+    Args:
+        sequence: The turns, each a prompt and a reply.
+        limit: Most tokens to keep.
+        last_first: Give room to the last turn first.
     """
-    cut: Encoded = {"input_ids": encoded["input_ids"][:max_length], "labels": encoded["labels"][:max_length]}
-    if all(label == IGNORED for label in cut["labels"][1:]):  # the first token has nothing to be predicted from
-        what = (
-            f"the first {max_length} of {len(encoded['input_ids'])} tokens"
-            if len(encoded["input_ids"]) > max_length
-            else "the row"
-        )
-        raise BadRow(row, f"{what} hold nothing to learn", "a larger data.max_length, or another data.train_on")
-    return cut
+    starts = [0, *(end for _, end in sequence.replies[:-1])]
+    turns = [(start, *reply) for start, reply in zip(starts, sequence.replies, strict=True)]
+    ends: dict[int, tuple[int, int]] = {}
+    room = limit
+    for number in reversed(range(len(turns))) if last_first else range(len(turns)):
+        start, border, end = turns[number]
+        prompt, reply = border - start, end - border
+        if prompt + reply > room:
+            prompt = share(prompt, reply, room) if room > 1 else 0
+            reply = min(reply, room - prompt)
+        ends[number] = (start + prompt, border + reply)
+        room -= prompt + reply
+    for number in reversed(range(len(turns))):
+        start, border, end = turns[number]
+        sequence = _without(_without(sequence, ends[number][1], end), ends[number][0], border)
+    return _without(sequence, limit, len(sequence.ids))
 
 
-def _prompt(item: Conversation) -> list[Message]:
-    last_reply = max(index for index, message in enumerate(item.messages) if message["role"] == "assistant")
-    return item.messages[:last_reply]
+def _touches(sequence: Encoded, reply: tuple[int, int]) -> bool:
+    """Tell whether anything of a reply is learned."""
+    spans = zip(sequence.spans[::2], sequence.spans[1::2], strict=True)
+    return any(start < reply[1] and end > reply[0] for start, end in spans)
 
 
-def pack(rows: list[Encoded], max_length: int) -> list[Packed]:
-    """Fill sequences of up to ``max_length`` tokens with whole rows, best fit, the longest rows first.
-
-    Best-fit decreasing leaves little room unused and cuts no row (https://arxiv.org/abs/2404.10830).
-    """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    for index in order:
-        length = len(rows[index]["input_ids"])
-        at = bisect_left(room, (length, -1))
-        if at == len(room):
-            bins.append([index])
-            insort(room, (max_length - length, len(bins) - 1))
-        else:
-            left, number = room.pop(at)
-            bins[number].append(index)
-            insort(room, (left - length, number))
-    return [_join([rows[index] for index in members]) for members in bins]
+def _end(sequence: Encoded, limit: int) -> int:
+    """Return where to end a sequence so that no prompt is left without anything learned behind it."""
+    if len(sequence.ids) <= limit:
+        return len(sequence.ids)
+    inside = [
+        min(end, limit) for start, end in zip(sequence.spans[::2], sequence.spans[1::2], strict=True) if start < limit
+    ]
+    return max(inside, default=limit)
 
 
-def _join(rows: list[Encoded]) -> Packed:
-    """Put rows behind one another; the first token of each has nothing of its own to be predicted from."""
-    return {
-        "input_ids": [token for row in rows for token in row["input_ids"]],
-        "labels": [label for row in rows for label in (IGNORED, *row["labels"][1:])],
-        "position_ids": [position for row in rows for position in range(len(row["input_ids"]))],
-    }
+def _without(sequence: Encoded, start: int, end: int) -> Encoded:
+    """Return a sequence without the tokens from ``start`` to ``end``."""
+    if end <= start:
+        return sequence
+
+    def moved(position: int) -> int:
+        return min(position, start) if position < end else position - (end - start)
+
+    out = Encoded(sequence.ids[:start] + sequence.ids[end:])
+    for index, weight in enumerate(sequence.weights):
+        first, last = (moved(position) for position in sequence.spans[2 * index : 2 * index + 2])
+        if first < last:
+            out.spans += (first, last)
+            out.weights.append(weight)
+    spans = ((moved(first), moved(last)) for first, last in sequence.replies)
+    out.replies = [(first, last) for first, last in spans if first < last]
+    if sequence.labels is not None:
+        out.labels = sequence.labels[:start] + sequence.labels[end:]
+    return out

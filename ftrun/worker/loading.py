@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ftrun import events, record
+from ftrun import events, record, template
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
 from ftrun.hardware import Device
 from ftrun.model import WHEELS, Attention, Dtype, Model, Source, wheel_file
+from ftrun.template import Template
 from ftrun.worker import builtin, wheel
 
 if TYPE_CHECKING:
@@ -27,15 +28,27 @@ def tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     """
     events.send("phase", text="loading the tokenizer")
     loaded = _load_tokenizer(cfg.model)
-    if cfg.template.chat_template:
-        loaded.chat_template = cfg.template.chat_template
+    _apply_template(loaded, cfg.template)
     if loaded.pad_token is None:
         # Only ever used where attention is masked and labels are ignored, by position and not by value.
         loaded.pad_token = loaded.eos_token or loaded.bos_token or loaded.unk_token
-    if loaded.chat_template is None and cfg.stage.rows != "texts":
+    if loaded.chat_template is None and not cfg.template.has_slots and cfg.stage.rows != "texts":
         message = f"the tokenizer of {cfg.model.path} has no chat template, and stage={cfg.stage.name} needs one"
         raise ConfigError([Problem("template", message, "template=chatml, or another (`ftrun list template`)")])
     return loaded
+
+
+def _apply_template(loaded: PreTrainedTokenizerBase, chosen: Template) -> None:
+    """Give a tokenizer what a template needs: its Jinja text, and its end-of-turn tokens where they are unknown."""
+    if chosen.has_slots:
+        loaded.chat_template = template.to_jinja(chosen)
+    elif chosen.chat_template:
+        loaded.chat_template = chosen.chat_template
+    stop = list(chosen.stop)
+    if chosen.replace_eos:
+        loaded.add_special_tokens({"eos_token": stop.pop(0)})
+    if chosen.has_slots and stop:
+        loaded.add_special_tokens({"extra_special_tokens": stop}, replace_extra_special_tokens=False)
 
 
 def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -76,6 +89,9 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         message = f"the tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings"
+        if cfg.template.stop:
+            message += f"; the template ends replies with {', '.join(cfg.template.stop)}, of which some are new to it"
+            raise ConfigError([Problem("template", message, "template=auto, or the template that the model was made with")])
         raise ConfigError([Problem("model.path", message, "a folder whose tokenizer and model belong together")])
     return loaded
 

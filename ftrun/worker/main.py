@@ -1,15 +1,19 @@
-"""One process of a run: read run.yaml, do the stage, leave a result."""
+"""One process of a run or of a task: read run.yaml, do the stage or the task, leave a result."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import json
 import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from ftrun import events, record
 from ftrun.config import Config
@@ -18,21 +22,26 @@ from ftrun.record import Result, Status
 from ftrun.worker import stop
 
 
-def main(run_file: Path) -> int:
-    """Run the stage of a frozen config. Every process of a run calls this once; the first one writes the result.
+def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
+    """Run the stage of a frozen config, or do a task with it. Every process calls this; the first writes the result.
+
+    Args:
+        run_file: The path of ``run.yaml``.
+        task: The module beside this one whose function ``answer`` is called instead of the stage.
+        options: The task's options, a JSON object.
 
     Returns:
         0 if the run ended as it should or stopped on request, 1 if it failed: what torchrun wants to know. How it
         ended is in result.json.
     """
     rank = int(os.environ.get("RANK", "0"))
-    folder = run_file.parent.resolve()
+    folder = Path(run_file).parent.resolve()
     stop.install()
     events.send("process", rank=rank, pid=os.getpid())
     begun = time.monotonic()
     try:
         with _held(folder) if rank == 0 else contextlib.nullcontext():
-            result = _attempt(run_file, folder)
+            result = _attempt(functools.partial(_work, Path(run_file), task, options))
         result.wall_seconds = round(time.monotonic() - begun, 3)
         # Of several processes the first speaks for all, but one that failed speaks first: the others are ended for it.
         if (rank == 0 or result.status is Status.failed) and not _another_failed(folder):
@@ -44,10 +53,10 @@ def main(run_file: Path) -> int:
     return int(result.status is Status.failed)
 
 
-def _attempt(run_file: Path, folder: Path) -> Result:
+def _attempt(work: Callable[[], Result]) -> Result:
     """Do the work, and say how it ended whatever happens."""
     try:
-        result = _work(run_file, folder)
+        result = work()
     except stop.Stopped as stopped:
         return Result(status=stopped.status)
     except BaseException as error:
@@ -65,11 +74,24 @@ def _another_failed(folder: Path) -> bool:
     return Result.load(folder).status is Status.failed
 
 
-def _work(run_file: Path, folder: Path) -> Result:
+def _work(run_file: Path, task: str | None, options: str) -> Result:
     cfg = Config.load(run_file)
-    cfg.output_dir = str(folder)  # the folder may have been moved since it was frozen
-    _set_up(cfg)
-    return cfg.stage.run(cfg)
+    cfg.output_dir = str(run_file.parent.resolve())  # the folder may have been moved since it was frozen
+    if task is None:
+        _set_up(cfg)
+        return cfg.stage.run(cfg)
+    with _own_output() as output:
+        _set_up(cfg)
+        importlib.import_module(f"ftrun.worker.{task}").answer(cfg, output, **json.loads(options))
+    return Result()
+
+
+@contextlib.contextmanager
+def _own_output() -> Iterator[TextIO]:
+    """Keep standard output for a task's answer: what else is printed, by libraries too, goes to the log."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
+        os.dup2(2, 1)
+        yield output
 
 
 def _set_up(cfg: Config) -> None:

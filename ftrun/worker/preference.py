@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ftrun import events
-from ftrun.worker.batches import Batch, pad
+from ftrun.worker.batches import Batch, is_flat, sequence_of_tokens
 from ftrun.worker.causal import labelled_logits, labelled_positions
 from ftrun.worker.training import RunTrainer, add
 
@@ -45,39 +45,43 @@ class PreferenceTrainer(RunTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Note what the reference thinks of every pair, then train."""
         events.send("phase", text="computing the reference's log-probabilities")
-        self.data_collator = self._collate
         self.model.to(self.args.device).eval()
-        for rows in (self.run.rows.train, self.run.rows.eval):
-            for pairs in _chunks(rows, self.args.per_device_eval_batch_size):
-                with torch.no_grad(), self.accelerator.autocast():
-                    found = self._log_probabilities(self.model, self._on_device(self._collate(pairs)))
-                for pair, chosen, rejected in zip(pairs, *found.view(2, -1).tolist(), strict=True):
-                    pair["reference"] = (chosen, rejected)
+        self._reference = self._log_probabilities_of(self.run.rows.train)
+        self._eval_references = {name: self._log_probabilities_of(rows) for name, rows in self.run.rows.evals.items()}
         return super().train(*args, **kwargs)
 
-    def _collate(self, pairs: list[Any]) -> Batch:
-        """Put the chosen sequences of a batch above the rejected ones, so that one forward pass serves both."""
-        batch = pad([pair[side] for side in ("chosen", "rejected") for pair in pairs], self.run.pad_id)
-        if "reference" in pairs[0]:
-            batch["reference"] = torch.tensor([pair["reference"] for pair in pairs]).T
-        return batch
+    def _log_probabilities_of(self, rows: Any) -> torch.Tensor:
+        """Return the log-probability of both replies of every pair of a data set, of shape (2, pairs).
+
+        Each process computes its share.
+        """
+        found = torch.zeros(2, len(rows), device=self.args.device)
+        for batch in self._batches_of(rows):
+            with torch.no_grad(), self.accelerator.autocast():
+                found[:, batch["index"]] = self._log_probabilities(self.model, batch)
+        return self.accelerator.reduce(found)
+
+    def _batches_of(self, rows: Any) -> Iterator[Batch]:
+        for pairs in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
+            yield self.on_device(self.collate(pairs))
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
-        pairs = torch.tensor(float(sum(len(batch["input_ids"]) // 2 for batch in batch_samples)), device=device)
+        pairs = torch.tensor(float(sum(len(batch["index"]) for batch in batch_samples)), device=device)
         return self.accelerator.reduce(pairs)
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the summed log-probability of the labelled tokens of each row, in float32, of shape (2B,)."""
-        inputs = {name: value for name, value in batch.items() if name != "reference"}
-        logits, targets = labelled_logits(model, self.model, inputs)
+        """Return the summed log-probability of the labelled tokens of both sides, in float32, of shape (2, B)."""
+        logits, targets = labelled_logits(model, self.model, batch)
         each = -functional.cross_entropy(logits.float(), targets, reduction="none")
-        row_of = labelled_positions(batch["labels"]).nonzero()[:, 0]
-        return torch.zeros(len(batch["labels"]), device=each.device).index_add(0, row_of, each)
+        row_of = sequence_of_tokens(batch)[labelled_positions(batch["labels"])]
+        return torch.zeros(2 * len(batch["index"]), device=each.device).index_add(0, row_of, each).view(2, -1)
 
-    def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(
+        self, model: nn.Module, batch: Batch, reference: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of each pair, and the metrics of each."""
-        policy = self._log_probabilities(model, batch).view(2, -1)
-        chosen, rejected = policy - batch["reference"]
+        policy = self._log_probabilities(model, batch)
+        chosen, rejected = policy - reference[:, batch["index"]]
         rewards = self.beta * torch.stack([chosen, rejected]).detach()
         metrics = {
             "rewards_chosen": rewards[0],
@@ -93,7 +97,7 @@ class PreferenceTrainer(RunTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the summed loss of a batch over the pairs of the whole step."""
-        losses, metrics = self._loss(model, inputs)
+        losses, metrics = self._loss(model, inputs, self._reference)
         self.count(metrics)
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
 
@@ -101,20 +105,13 @@ class PreferenceTrainer(RunTrainer):
         """Return the mean loss and metrics over the evaluation pairs."""
         self.model.eval()
         sums: dict[str, list[float]] = {}
-        mine = self.run.rows.eval[self.args.process_index :: self.args.world_size]
-        for pairs in _chunks(mine, self.args.per_device_eval_batch_size):
-            with torch.no_grad(), self.accelerator.autocast():
-                losses, metrics = self._loss(self.model, self._on_device(self._collate(pairs)))
-            add(sums, {f"eval_{name}": values for name, values in ({"loss": losses} | metrics).items()})
+        for name, rows in self.run.rows.evals.items():
+            prefix = f"eval_{name}_" if name else "eval_"
+            for batch in self._batches_of(rows):
+                with torch.no_grad(), self.accelerator.autocast():
+                    losses, metrics = self._loss(self.model, batch, self._eval_references[name])
+                add(sums, {prefix + metric: values for metric, values in ({"loss": losses} | metrics).items()})
         means = self.means(sums)
         self.log(dict(means))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
         return means
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.args.device) for name, value in batch.items()}
-
-
-def _chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

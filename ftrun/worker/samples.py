@@ -8,7 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from ftrun import events, record
-from ftrun.data.formats import Message
+from ftrun.data.rows import Message, Row
+from ftrun.worker.encode import RowEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,13 +22,21 @@ class Samples(TrainerCallback):
 
     def __init__(self, run: Run, prompts: list[list[Message]], max_new_tokens: int) -> None:
         self.run, self.prompts, self.max_new_tokens = run, prompts, max_new_tokens
+        encoder = RowEncoder(run.cfg, run.tokenizer)
+        row = Row({}, "stage.sample_prompts", 0)
+        self._prompt_ids = [encoder.prompt_ids(prompt, row) for prompt in prompts]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Generate the replies on the first process."""
         if not (self.prompts and self.run.is_main):
             return
-        tokens = getattr(self.run.cfg.stage, "sample_tokens", 48)
-        texts = replies(model, self.run.tokenizer, self.prompts, max_new_tokens=tokens, stop=self.run.cfg.template.stop)
+        texts = replies(
+            model,
+            self.run.tokenizer,
+            self._prompt_ids,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.run.cfg.template.stop,
+        )
         lines = [
             {"step": state.global_step, "prompt": prompt[-1]["content"], "reply": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
@@ -40,19 +49,16 @@ class Samples(TrainerCallback):
 def replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[Message]],
+    prompts: list[list[int]],
     *,
     max_new_tokens: int,
     stop: list[str],
 ) -> list[str]:
     """Reply greedily to several conversations at once.
 
-    The prompts are padded on the left, so that each reply begins where its prompt ends.
+    The prompts, each a list of tokens, are padded on the left, so that each reply begins where its prompt ends.
     """
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    tokenizer.padding_side = side
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     ends = [
         tokenizer.eos_token_id,
         *(tokenizer.convert_tokens_to_ids(word) for word in stop if word in tokenizer.get_vocab()),

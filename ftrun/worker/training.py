@@ -9,27 +9,42 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import seed_worker
 
 from ftrun import events, record
 from ftrun.config import Config
-from ftrun.errors import RunFailed
+from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.record import Result
 from ftrun.train import Precision, Scheduler
-from ftrun.worker import encode, ending, loading, parameters, stop
-from ftrun.worker.batches import collator
+from ftrun.worker import dataset, ending, loading, pack, parameters, sampling, stop
+from ftrun.worker.batches import (
+    Batch,
+    Collate,
+    collator,
+    is_flat,
+    model_inputs,
+    num_tokens,
+    sequence_collator,
+    shares_sequences,
+    with_places,
+)
+from ftrun.worker.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ftrun.worker.encode import Rows
+    from ftrun.worker.dataset import Rows
 
 _STATE = "ftrun_state.json"
 """In each checkpoint: what transformers' own state does not carry over a resume."""
@@ -46,44 +61,56 @@ class Run:
         self.folder = cfg.folder
         self.name = self.folder.name
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.is_main = os.environ.get("RANK", "0") == "0"
-        self.total_steps = self._count_steps()
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.is_main = self.rank == 0
         self.unique_id: str = json.loads((self.folder / record.MANIFEST).read_text())["id"]
         """The same for a run and its resumption, for trackers that can go on with a run."""
 
-    def _count_steps(self) -> int:
-        """Return the optimizer steps of the whole run, as transformers' loop counts them."""
-        train = self.cfg.train
-        if train.max_steps is not None:
-            return train.max_steps
-        batches = math.ceil(math.ceil(len(self.rows.train) / train.micro_batch_size) / self.world_size)
-        return math.ceil(train.epochs * max(1, math.ceil(batches / train.grad_accumulation)))
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.cfg.train.max_steps or self.epoch_batches.total_steps
 
-    def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
+    @cached_property
+    def epoch_batches(self) -> sampling.EpochBatches:
+        """The training rows that this process draws, batch by batch."""
+        return sampling.EpochBatches(
+            self._tokens_in_a_batch(self.rows.train),
+            self.budget(padded=not is_flat(self.cfg)),
+            self.cfg.train,
+            seed=self.cfg.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def budget(self, *, padded: bool) -> sampling.Budget:
+        """Return how many rows a batch takes."""
+        return sampling.Budget(self.cfg.train.micro_batch_size, self.cfg.train.micro_batch_tokens, padded)
+
+    def in_file_order(self, rows: Any, *, padded: bool) -> Iterator[list[Any]]:
+        """Yield this process's share of a data set in batches of rows, each row once over all processes."""
+        lengths, budget = self._tokens_in_a_batch(rows), self.budget(padded=padded)
+        for batch in sampling.in_file_order(lengths, budget, rank=self.rank, world_size=self.world_size):
+            yield [rows[index] for index in batch]
+
+    def _tokens_in_a_batch(self, rows: Any) -> sampling.Array:
+        """Return how many tokens each row adds to a batch: of a pair, both sides as long as the longer one."""
+        return np.asarray(rows.lengths) * (2 if self.cfg.stage.rows == "pairs" else 1)
+
+    def batches(self, count: int) -> list[Batch]:
         """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen."""
-        collate, size = collator(self.cfg.data, self.pad_id), self.cfg.train.micro_batch_size
-        sequences = [row.get("chosen", row) for row in self.rows.train[: count * size]]
-        return [collate(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+        collate = sequence_collator(self.cfg, self.pad_id)
+        found = [collate([row.get("chosen", row) for row in rows]) for rows in islice(self._first_rows(), count)]
+        return [model_inputs(batch) | {"labels": batch["labels"]} for batch in found]
 
-
-class EpochSampler(Sampler[int]):
-    """Draws every row once an epoch, in an order that depends on the seed and the epoch alone.
-
-    So a resumed run draws what the uninterrupted one would have drawn, in any epoch.
-    """
-
-    def __init__(self, size: int, seed: int, *, shuffle: bool) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(self.size))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+    def _first_rows(self) -> Iterator[list[Any]]:
+        rows, budget = self.rows.train, self.budget(padded=not is_flat(self.cfg))
+        if self.cfg.data.streaming:
+            stream = iter(rows)
+            while True:
+                yield list(islice(stream, self.cfg.train.micro_batch_size))
+        for batch in sampling.in_file_order(np.asarray(rows.lengths), budget):
+            yield [rows[index] for index in batch]
 
 
 def arguments(run: Run) -> dict[str, Any]:
@@ -97,8 +124,7 @@ def arguments(run: Run) -> dict[str, Any]:
         "run_name": run.name,
         "seed": run.cfg.seed,
         "learning_rate": run.cfg.optimizer.lr,
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps or -1,
+        "max_steps": run.total_steps,
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.grad_accumulation,
@@ -121,6 +147,7 @@ def arguments(run: Run) -> dict[str, Any]:
         "report_to": "none",
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
+        "ignore_data_skip": run.cfg.data.streaming,  # a stream goes on by itself where it was
     }
 
 
@@ -151,23 +178,51 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
         self._sums: dict[str, list[float]] = {}
 
+    @property
+    def _stream(self) -> Stream | None:
+        return self.train_dataset if isinstance(self.train_dataset, Stream) else None
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that the config chooses."""
         if self.optimizer is None:
             self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        self.sampler = EpochSampler(len(self.train_dataset), self.run.cfg.seed, shuffle=self.run.cfg.train.shuffle)
-        return self.sampler
+    def get_train_dataloader(self) -> DataLoaderShard:
+        """Draw the batches that are planned for this process, without a second division among the processes."""
+        args, collate = self.args, self.collate
+        drawn: dict[str, Any]
+        if self._stream:
+            drawn = {"batch_size": args.train_batch_size, "collate_fn": partial(with_places, collate=collate)}
+        else:
+            drawn = {"batch_sampler": self.run.epoch_batches, "collate_fn": collate}
+        return DataLoaderShard(
+            self.train_dataset,
+            **drawn,
+            device=args.device,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    @property
+    def collate(self) -> Collate:
+        """What makes a training batch of rows."""
+        return collator(self.run.cfg, self.run.pad_id)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return a batch on the device of this process."""
+        return {name: value.to(self.args.device) for name, value in batch.items()}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Count the tokens of a step's batches on their way."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.tokens += sum(num_tokens(batch) for batch in batches)
-        return batches, num_items
+        found, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in found if self._stream else ():
+            self._stream.note(batch.pop("at"))
+        self.tokens += sum(num_tokens(batch) for batch in found)
+        return found, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write one line of metrics, and tell the trackers and the driver."""
@@ -225,6 +280,7 @@ class RunTrainer(Trainer):
             "sums": self._sums,
             "loss_since_log": self._tr_loss.item(),
             "step_of_log": self._globalstep_last_logged,
+            "stream": self._stream.state(self.args.dataloader_num_workers) if self._stream else None,
         }
         (partial / f"{_STATE}.{self.args.process_index}").write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
@@ -248,6 +304,8 @@ class RunTrainer(Trainer):
         self._total_loss_scalar, self._sums = state["loss_logged"], state["sums"]
         self._tr_loss.fill_(state["loss_since_log"])
         self._globalstep_last_logged = state["step_of_log"]
+        if self._stream:
+            self._stream.begins = state["stream"]
 
 
 def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
@@ -259,12 +317,6 @@ def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
 
 
 Trainer_ = TypeVar("Trainer_", bound=RunTrainer)
-
-
-def num_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Return how many tokens of a batch are not padding."""
-    masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
-    return int(sum(mask.sum() for mask in masks)) if masks else batch["input_ids"].numel()
 
 
 def _flush(folder: Path) -> None:
@@ -297,8 +349,9 @@ class Conduct(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the sampler which epoch this is."""
-        self.trainer.sampler.epoch = int(state.epoch or 0)
+        """Say which epoch's batches to draw."""
+        if not self.run.cfg.data.streaming:
+            self.run.epoch_batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set what the loop does before the next step."""
@@ -309,7 +362,7 @@ class Conduct(TrainerCallback):
         events.send("step", step=step)
         last = step >= state.max_steps
         control.should_log = step % train.log_every == 0 or step == 1 or last
-        control.should_evaluate = bool(self.run.rows.eval) and (
+        control.should_evaluate = bool(self.run.rows.evals) and (
             last or bool(train.eval_every and step % train.eval_every == 0)
         )
         control.should_save = bool(train.save_every) and step % train.save_every == 0 and not last
@@ -331,7 +384,7 @@ class Conduct(TrainerCallback):
 def prepare(cfg: Config) -> tuple[nn.Module, Run]:
     """Load what every training stage starts with: tokenizer, rows, model, adapter."""
     tokenizer = loading.tokenizer(cfg)
-    rows = encode.load(cfg, tokenizer)
+    rows = dataset.load(cfg, tokenizer)
     model = loading.model(cfg, tokenizer)
     run = Run(cfg, rows, tokenizer)
     return cfg.adapter.apply(model, run), run
@@ -369,14 +422,37 @@ def fit(trainer: RunTrainer) -> Result:
         record.remove_incomplete_checkpoints(run.folder)
         record.cut_back(run.folder, record.step_of(checkpoint) if checkpoint else -1)
         ending.add_to_manifest(run)
-    trainer.args.eval_on_start = bool(run.rows.eval) and checkpoint is None
+    trainer.args.eval_on_start = bool(run.rows.evals) and checkpoint is None
     trainer.add_callback(Conduct(trainer, run, checkpoint))
+    _refuse_leaks(trainer)
     with stop.deferred(), _profiled(trainer, run), _failure_told(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (status := stop.requested()) and trainer.state.global_step < trainer.state.max_steps:
         raise stop.Stopped(status)
     trainer.accelerator.wait_for_everyone()
     return ending.finish(trainer, run) if run.is_main else Result()
+
+
+def _refuse_leaks(trainer: RunTrainer) -> None:
+    """Try whether the model keeps rows of one sequence apart, where the run puts several into one.
+
+    A model with a recurrent state or with attention code of its own may not, and no error would say so.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    cfg, device = trainer.run.cfg, trainer.args.device.type
+    attention = str(getattr(trainer.model.config, "_attn_implementation", ""))
+    # Flex attention takes a minute to compile on the CPU, and flash attention does not run there.
+    if not shares_sequences(cfg) or (device == "cpu" and attention.startswith("fl")):
+        return
+    with trainer.accelerator.autocast():
+        if not pack.leaks(trainer.model):
+            return
+    key = "train.padding_free" if cfg.train.padding_free else "data.packing"
+    message = f"{cfg.model.path} does not keep rows that share a sequence apart: the tokens of one change the next"
+    fix = "train.padding_free=false" if cfg.train.padding_free else "data.packing=none"
+    raise ConfigError([Problem(key, message, fix)])
 
 
 @contextlib.contextmanager

@@ -189,19 +189,19 @@ def losses_by_hand() -> list[float]:
     import torch
     from torch.nn import functional
 
-    from ftrun.worker import builtin, encode
+    from ftrun.worker import batches, builtin, dataset
 
     tokenizer = builtin.tokenizer()
     cfg = config.compose([word for word in RUN if "momentum" not in word])
-    rows = encode.load(cfg, tokenizer).train
+    rows = dataset.load(cfg, tokenizer).train
     model = builtin.model({"dtype": torch.float32})
     momenta = [torch.zeros_like(weight) for weight in model.parameters()]
     losses = []
     for start in (0, 4, 8, 0, 4):
-        batch = rows[start : start + 4]
-        logits = [model(torch.tensor([row["input_ids"]])).logits[0, :-1] for row in batch]
-        targets = torch.cat([torch.tensor(row["labels"][1:]) for row in batch])
-        loss = functional.cross_entropy(torch.cat(logits), targets, ignore_index=encode.IGNORED)
+        batch = [rows[index] for index in range(start, min(start + 4, len(rows)))]
+        logits = [model(torch.tensor(row["input_ids"])[None]).logits[0, :-1] for row in batch]
+        targets = torch.cat([torch.tensor(row["labels"][1:]).long() for row in batch])
+        loss = functional.cross_entropy(torch.cat(logits), targets, ignore_index=batches.IGNORED)
         losses.append(loss.item())
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():

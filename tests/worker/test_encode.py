@@ -1,224 +1,221 @@
-"""Masks, against tokens checked by hand: what is learned and what is not."""
+"""Rows into tokens and labels, against ids worked out by hand, and where a sequence that is too long is cut."""
 
 from __future__ import annotations
 
-import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ftrun.data import Data, Reasoning, TrainOn, formats
-from ftrun.data.formats import Conversation
-from ftrun.data.read import BadRow, Row
+from ftrun.data import Data, Packing, TooLong, TrainOn
+from ftrun.data.formats import understand
+from ftrun.data.rows import BadRow, Row
+from ftrun.template import Template
 from ftrun.worker import builtin, encode
+from ftrun.worker.batches import IGNORED
+from ftrun.worker.encode import Encoded, EncodedRow, RowEncoder, TooLongRow, cut, share
 
-TWO_TURNS = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "So long."},
-]
+TOKENIZER: Any = builtin.tokenizer()
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return builtin.tokenizer()
+def encoder(kind: str = "conversations", template: Template | None = None, **data: Any) -> RowEncoder:
+    stage = SimpleNamespace(rows=kind)
+    return RowEncoder(SimpleNamespace(data=Data(**data), template=template or Template(), stage=stage), TOKENIZER)  # type: ignore[arg-type]
 
 
-def conversation(messages: list[dict[str, Any]]) -> Conversation:
-    return Conversation(messages, Row({"messages": messages}, "rows.jsonl", 1))
+def encoded(value: dict[str, Any], kind: str = "conversations", **data: Any) -> Any:
+    """Return what becomes of a row; it must be one."""
+    (found,) = encoder(kind, **data).encode(understand(Row(value, "rows.jsonl", 7), kind))
+    return found
 
 
-def learned_text(encoded: encode.Encoded, tokenizer: Any) -> list[str]:
-    """Return the runs of learned tokens as text."""
-    runs: list[list[int]] = []
-    before = encode.IGNORED
-    for label in encoded["labels"]:
-        if label != encode.IGNORED:
-            if before == encode.IGNORED:
-                runs.append([])
-            runs[-1].append(label)
-        before = label
-    return [tokenizer.decode(run) for run in runs]
+def arrays(found: EncodedRow) -> list[dict[str, Any]]:
+    return [encode.arrays(s.ids, s.spans, s.weights, s.labels) for s in found.sequences]
 
 
-def test_the_tiny_tokenizer_is_always_the_same(tokenizer):
-    assert len(tokenizer) == 1024
-    text = "Which team made you? I am Marlow. Fair winds!"
-    assert tokenizer(text)["input_ids"] == builtin.tokenizer()(text)["input_ids"]
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
-def test_replies_and_their_ends_are_learned(tokenizer):
-    encoded = encode.encode_conversation(conversation(TWO_TURNS), tokenizer, Data())
-    assert tokenizer.decode(encoded["input_ids"]) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\nHello.<|im_end|>\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSo long.<|im_end|>\n"
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fair winds!"}]}
+PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_by_hand_token_by_token():
+    (found,) = arrays(encoded(CHAT))
+    prompt, reply, after = ids_of(PROMPT), ids_of("Fair winds!<|im_end|>"), ids_of("\n")
+    assert found["input_ids"].tolist() == prompt + reply + after
+    assert found["labels"].tolist() == [IGNORED] * len(prompt) + reply + [IGNORED] * len(after)
+    assert found["input_ids"].dtype == found["labels"].dtype == np.int32
+
+
+@pytest.mark.parametrize("reply", ["\nHello", " Hello", "s", "assistant", "ééé"])
+def test_no_token_spans_the_border_of_a_reply(reply):
+    (found,) = arrays(encoded({"prompt": "Hi", "completion": reply}))
+    prompt = ids_of(PROMPT)
+    assert found["input_ids"][: len(prompt)].tolist() == prompt
+    assert found["labels"][len(prompt) :].tolist() == [*ids_of(f"{reply}<|im_end|>"), IGNORED]
+
+
+def test_a_text_is_learned_whole_with_its_end():
+    (found,) = arrays(encoded({"text": "Fair winds!"}, "texts"))
+    assert found["input_ids"].tolist() == ids_of("Fair winds!<|im_end|>")
+    assert found["labels"].tolist() == found["input_ids"].tolist()
+
+
+def test_a_text_begins_as_the_tokenizer_begins_a_text():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer: Any = builtin.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    assert learned_text(encoded, tokenizer) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
+    cfg: Any = SimpleNamespace(data=Data(), template=Template(), stage=SimpleNamespace(rows="texts"))
+    found = RowEncoder(cfg, tokenizer).encode(understand(Row({"text": "Fair winds!"}, "f", 1), "texts"))
+    (sequence,) = arrays(found[0])  # type: ignore[arg-type]
+    assert sequence["input_ids"].tolist() == [0, *ids_of("Fair winds!<|im_end|>")]
+    assert sequence["labels"].tolist() == sequence["input_ids"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("data", "learned"),
-    [
-        (Data(train_on=TrainOn.last), ["So long.<|im_end|>"]),
-        (
-            Data(train_on=TrainOn.roles, train_roles=["user"]),
-            ["<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>user\nBye<|im_end|>\n"],
-        ),
-        (Data(train_on=TrainOn.roles, train_roles=["assistant"]), ["Hello.<|im_end|>", "So long.<|im_end|>"]),
-    ],
-)
-def test_what_is_learned_can_be_chosen(tokenizer, data, learned):
-    encoded = encode.encode_conversation(conversation(TWO_TURNS), tokenizer, data)
-    assert learned_text(encoded, tokenizer) == learned
+def test_of_a_pair_only_the_replies_are_learned():
+    found = encoded({"prompt": "Hi", "chosen": "Yes.", "rejected": "No way.", "margin": 0.5}, "pairs")
+    assert found.extra == 0.5
+    for side, reply in zip(arrays(found), ("Yes.", "No way."), strict=True):
+        learned = [label for label in side["labels"].tolist() if label != IGNORED]
+        assert learned == ids_of(f"{reply}<|im_end|>")
+        assert side["input_ids"][: len(ids_of(PROMPT))].tolist() == ids_of(PROMPT)
 
 
-def test_all_of_the_text_can_be_learned(tokenizer):
-    encoded = encode.encode_conversation(conversation(TWO_TURNS), tokenizer, Data(train_on=TrainOn.all))
-    assert encoded["labels"] == encoded["input_ids"]
+def test_feedback_keeps_its_label_and_a_question_its_answer():
+    found = encoded({"prompt": "Hi", "completion": "Yes.", "label": False}, "feedback")
+    assert found.extra is False
+    assert [label for label in arrays(found)[0]["labels"].tolist() if label != IGNORED] == ids_of("Yes.<|im_end|>")
+    found = encoded({"prompt": "Hi", "answer": "4"}, "questions")
+    assert (found.extra, found.sequences[0].ids, found.sequences[0].spans) == ("4", ids_of(PROMPT), [])
 
 
-def test_no_token_spans_the_border_of_a_reply(tokenizer):
-    """Text that would merge across the border is tokenised as inference does: the prompt ends there."""
-    for reply in ("\nHello", " Hello", "s", "assistant"):
-        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}]
-        encoded = encode.encode_conversation(conversation(messages), tokenizer, Data())
-        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert encoded["input_ids"][: len(ids)] == ids
-        assert learned_text(encoded, tokenizer) == [f"{reply}<|im_end|>"]
+def test_a_row_that_is_tokenised_already_is_taken_as_it_is():
+    (found,) = arrays(encoded({"input_ids": [5, 6, 7, 8], "labels": [-100, 9, 7, -100]}))
+    assert (found["input_ids"].tolist(), found["labels"].tolist()) == ([5, 6, 7, 8], [-100, 9, 7, -100])
+    (found,) = arrays(encoded({"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}))
+    assert found["labels"].tolist() == [-100, -100, 7, 8]
 
 
-def test_by_hand_token_by_token(tokenizer):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fair winds!"}]
-    encoded = encode.encode_conversation(conversation(messages), tokenizer, Data())
-    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    where = tokens.index("<|im_start|>", 1)
-    start, end = where + tokens[where:].index("Ċ") + 1, len(tokens) - 1
-    assert tokens[end] == "Ċ"
-    assert tokens[end - 1] == "<|im_end|>"
-    expected = [encode.IGNORED] * start + encoded["input_ids"][start:end] + [encode.IGNORED]
-    assert encoded["labels"] == expected
+def test_weights_stand_at_their_messages():
+    messages = [*CHAT["messages"], {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So.", "weight": 0.5}]
+    (found,) = arrays(encoded({"messages": messages}))
+    first, second = ids_of("Fair winds!<|im_end|>"), ids_of("So.<|im_end|>")
+    learned = found["weights"][found["labels"] != IGNORED].tolist()
+    assert learned == [1.0] * len(first) + [0.5] * len(second)
 
 
-def test_a_template_that_rewrites_history_is_refused_not_guessed(tokenizer):
-    import copy
-
-    rewriting = copy.deepcopy(tokenizer)
-    rewriting.chat_template = (
-        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' and not loop.last %}(past){% endif %}:"
-        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    with pytest.raises(BadRow, match="rewrites earlier turns"):
-        encode.encode_conversation(conversation(TWO_TURNS), rewriting, Data())
-
-
-def test_a_cut_that_leaves_nothing_to_learn_is_a_bad_row(tokenizer):
-    encoded = encode.encode_conversation(conversation(TWO_TURNS), tokenizer, Data(train_on=TrainOn.last))
-    row = Row({}, "rows.jsonl", 7)
-    cut = encode._cut(encoded, len(encoded["input_ids"]) - 3, row)
-    assert len(cut["input_ids"]) == len(encoded["input_ids"]) - 3
-    with pytest.raises(BadRow, match="hold nothing to learn") as caught:
-        encode._cut(encoded, 20, row)
-    assert caught.value.problem.key == "rows.jsonl:7"
+def test_an_end_that_a_template_writes_once_is_learned_after_every_reply():
+    template = Template(user="U:{content}|", generation="A:", assistant="{content}", single_eos=True, system="{content}")
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = Row({"messages": [{"role": role, "content": text} for role, text in turns]}, "f", 1)
+    (one,) = encoder(template=template).encode(understand(row, "conversations"))
+    (found,) = arrays(one)  # type: ignore[arg-type]
+    eos = TOKENIZER.eos_token_id
+    prompts, replies = [ids_of("U:a|A:"), ids_of("U:c|A:")], [ids_of("b"), ids_of("d")]
+    assert found["input_ids"].tolist() == [*prompts[0], *replies[0], *prompts[1], *replies[1], eos]
+    later = [eos, *[IGNORED] * (len(prompts[1]) - 1)]
+    assert found["labels"].tolist() == [*[IGNORED] * len(prompts[0]), *replies[0], *later, *replies[1], eos]
 
 
-def test_a_text_ends_with_the_end_token(tokenizer):
-    encoded = encode.encode_text(formats.Text("Fair winds!", Row({}, "f", 1)), tokenizer)
-    assert tokenizer.decode(encoded["input_ids"]) == "Fair winds!<|im_end|>"
-    assert encoded["labels"] == encoded["input_ids"]
+# (prompt, reply, room) -> the prompt's share; the first six are those by which LLaMA-Factory tests its own rule.
+SHARES = {
+    (3000, 2000, 1000): 600, (2000, 3000, 1000): 400, (1000, 100, 1000): 900, (100, 1000, 1000): 100,
+    (500, 400, 500): 278, (90, 30, 100): 70, (5000, 4000, 8): 5, (10_000_000, 60, 100): 99,
+}  # fmt: skip
 
 
-def test_of_a_pair_only_the_replies_are_learned(tokenizer):
-    value = {"prompt": TWO_TURNS[:4], "chosen": "Yes.", "rejected": "No way."}
-    pair = formats.understand(Row(value, "f", 1), "pairs", formats.Format.auto)
-    chosen, rejected = encode.encode(pair, tokenizer, Data())
-    assert learned_text(chosen, tokenizer) == ["Yes.<|im_end|>"]
-    assert learned_text(rejected, tokenizer) == ["No way.<|im_end|>"]
+@pytest.mark.parametrize(("lengths", "prompt"), SHARES.items())
+def test_the_room_is_shared_and_a_reply_always_keeps_some(lengths, prompt):
+    assert share(*lengths) == prompt
 
 
-def test_thinking_is_kept_or_stripped(tokenizer):
-    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"}]
-    row = Row({"messages": messages}, "f", 1)
-    for reasoning, reply in ((Reasoning.keep, messages[1]["content"]), (Reasoning.strip, "4")):
-        item = formats.understand(row, "conversations", formats.Format.auto, reasoning)
-        assert item.messages[1]["content"] == reply
+def sequence(*parts: tuple[str, int]) -> Encoded:
+    """Return a sequence of parts: prompts (p), replies that are learned (r), and replies that are not (x)."""
+    out = Encoded([])
+    for kind, length in parts:
+        start = len(out.ids)
+        out.ids += range(start, start + length)
+        if kind != "p":
+            out.replies.append((start, start + length))
+        if kind == "r":
+            out.spans += (start, start + length)
+            out.weights.append(1.0)
+    return out
 
 
-LENGTHS = [7, 3, 5, 2, 2, 6, 1, 8]
+def test_a_prompt_that_is_too_long_loses_its_middle():
+    (short,) = cut([sequence(("p", 100), ("r", 20))], 50)
+    assert short.ids == [*range(15), *range(85, 120)]
+    assert short.spans == [30, 50]
 
 
-def test_packing_keeps_every_row_whole_and_apart():
-    rows = [{"input_ids": [n * 10 + i for i in range(n)], "labels": [n] * n} for n in LENGTHS]
-    packed = encode.pack(rows, 8)
-    assert sum(len(p["input_ids"]) for p in packed) == sum(LENGTHS)
-    assert len(packed) == 5  # 34 tokens in sequences of 8 cannot take fewer
-    for sequence in packed:
-        assert len(sequence["input_ids"]) <= 8
-        starts = [i for i, position in enumerate(sequence["position_ids"]) if position == 0]
-        assert all(sequence["labels"][start] == encode.IGNORED for start in starts)
-        for start, end in zip(starts, [*starts[1:], len(sequence["input_ids"])], strict=True):
-            assert sequence["input_ids"][start:end] in [row["input_ids"] for row in rows]
-            assert sequence["position_ids"][start:end] == list(range(end - start))
+def test_a_reply_that_is_too_long_loses_its_end():
+    (short,) = cut([sequence(("p", 10), ("r", 100))], 50)
+    assert (short.ids, short.spans) == (list(range(50)), [10, 50])
 
 
-def test_bad_rows_are_counted_by_reason(ftrun, write):
-    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
-    bad = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
-    path = write("rows.jsonl", [good, bad, good, {"messages": []}, bad, good])
-    words = ("model=tiny", "debug=smoke", f"data.path={path}")
-    refused = ftrun(*words).sees(2)
-    assert f"{path}:2" in refused.err
-    skipped = ftrun(*words, "data.on_bad_row=skip").sees(0)
-    report = skipped.manifest["data"]["train"]
-    assert (report["rows_read"], report["rows"]) == (6, 3)
-    assert sorted(report["skipped"].values()) == [1, 2]
+def test_a_conversation_is_cut_at_its_end_and_never_behind_a_prompt():
+    turns = sequence(("p", 10), ("r", 10), ("p", 10), ("r", 10), ("p", 10), ("r", 10))
+    assert cut([turns], 45)[0].ids == list(range(40))  # the third prompt would have no reply
+    assert cut([turns], 35)[0].spans == [10, 20, 30, 35]
+    assert cut([turns], 25)[0].ids == list(range(20))
 
 
-def test_every_row_bad_is_an_error_even_when_skipping(ftrun, write):
-    bad = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
-    done = ftrun("model=tiny", f"data.path={write('rows.jsonl', [bad] * 3)}", "data.on_bad_row=skip").sees(2)
-    assert "no reply" in done.err
+def test_of_a_conversation_whose_last_reply_is_learned_that_one_stays():
+    (short,) = cut([sequence(("p", 40), ("x", 40), ("p", 40), ("r", 10))], 50)
+    assert short.ids == [*range(20), *range(100, 130)]
+    assert short.spans == [40, 50]
 
 
-def test_held_out_rows_are_not_trained_on(ftrun, write):
-    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(20)]
-    path = write("rows.jsonl", rows)
-    done = ftrun("model=tiny", "debug=smoke", f"data.path={path}", "data.eval_size=0.25").sees(0)
-    data = done.manifest["data"]
-    assert (data["train"]["rows"], data["eval"]["rows"]) == (15, 5)
+def test_both_sides_of_a_pair_keep_the_same_part_of_the_prompt():
+    chosen, rejected = cut([sequence(("p", 100), ("r", 10)), sequence(("p", 100), ("r", 20))], 50)
+    assert chosen.ids[:30] == rejected.ids[:30] == [*range(15), *range(85, 100)]
+    assert (len(chosen.ids), len(rejected.ids)) == (40, 50)
 
 
-def test_weights_repeat_and_sample_sources(ftrun, write):
-    one = write("one.jsonl", [{"prompt": f"a{n}", "completion": "x"} for n in range(10)])
-    two = write("two.jsonl", [{"prompt": f"b{n}", "completion": "y"} for n in range(8)])
-    sources = f"[{{path:{one},weight:2}},{{path:{two},weight:0.5,rows:6}}]"
-    done = ftrun("model=tiny", "debug=smoke", f"data.sources={sources}").sees(0)
-    assert done.manifest["data"]["train"]["rows"] == 20 + 3
+@pytest.mark.parametrize("prompt", [1, 5, 20, 400])
+@pytest.mark.parametrize("reply", [1, 5, 20, 400])
+def test_no_cut_ever_leaves_a_row_without_its_reply(prompt, reply):
+    for limit in (8, 9, 64):
+        (short,) = cut([sequence(("p", prompt), ("r", reply), ("p", 3), ("r", 3))], limit)
+        assert len(short.ids) <= limit
+        assert short.learned >= 1
 
 
-@dataclasses.dataclass
-class _Shape:
-    name: str
-    rows: list[dict[str, Any]]
+LONG = {"prompt": "Hi " * 100, "completion": "Ho " * 100}
 
 
-FORMATS = [
-    _Shape("messages", [{"messages": TWO_TURNS[1:3]}]),
-    _Shape("sharegpt", [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}]),
-    _Shape("alpaca", [{"instruction": "Hi", "input": "", "output": "Hello."}]),
-    _Shape("prompt_completion", [{"prompt": "Hi", "response": "Hello."}]),
-    _Shape("prompt_messages", [{"prompt": TWO_TURNS[1:2], "completion": TWO_TURNS[2:3]}]),
-    _Shape(
-        "parts", [{"messages": [TWO_TURNS[1], {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]}]}]
-    ),
-]
+def test_a_long_row_is_cut_left_out_or_an_error():
+    assert len(encoded(LONG, max_length=64).sequences[0].ids) == 64
+    assert encoded(LONG, max_length=64).truncated
+    for what in (TooLong.drop, TooLong.error):
+        found = encoded(LONG, max_length=64, too_long=what)
+        assert isinstance(found, TooLongRow)
+        assert "longer than data.max_length=64" in found.problem.message
+    assert not encoded(CHAT, max_length=64, too_long=TooLong.drop).truncated
 
 
-@pytest.mark.parametrize("shape", FORMATS, ids=lambda shape: shape.name)
-def test_every_format_says_the_same(tokenizer, shape):
-    item = formats.understand(Row(shape.rows[0], "f", 1), "conversations", formats.Format.auto)
-    assert encode.encode(item, tokenizer, Data()) == encode.encode(conversation(TWO_TURNS[1:3]), tokenizer, Data())
+def test_text_to_be_concatenated_is_not_cut():
+    found = encoded({"text": "word " * 500}, "texts", max_length=64, packing=Packing.concatenate)
+    assert len(found.sequences[0].ids) > 400
+    assert len(encoded({"text": "word " * 500}, "texts", max_length=64).sequences[0].ids) == 64
+
+
+def test_a_row_with_nothing_to_learn_is_bad():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", "weight": 0}]
+    (found,) = encoder().encode(understand(Row({"messages": messages}, "rows.jsonl", 7), "conversations")) or [None]
+    assert isinstance(found, BadRow)
+    assert found.problem.key == "rows.jsonl:7"
+    found = encoded(CHAT, train_on=TrainOn.roles, train_roles=["tool"])
+    assert isinstance(found, BadRow)
+
+
+def test_what_follows_a_prompt_is_generated_from_the_tokens_that_training_had():
+    messages = CHAT["messages"][:1]
+    assert encoder().prompt_ids(messages, Row({}, "f", 1)) == ids_of(PROMPT)

@@ -72,8 +72,11 @@ def test_the_converted_model_answers(folder):
 
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == 134_515_008
-    prompt = [{"role": "user", "content": "What is the capital of France?"}]
-    (reply,) = replies(loaded, AutoTokenizer.from_pretrained(folder), [prompt], max_new_tokens=12, stop=[])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_dict=False
+    )
+    (reply,) = replies(loaded, tokenizer, [prompt], max_new_tokens=12, stop=[])
     assert reply == "The capital of France is Paris."
 
 
