@@ -137,7 +137,7 @@ def _list(words: list[str]) -> int:
 
     parser = _parser("list", "List the config groups, a group's options, or the keys of an option.")
     parser.epilog = "plugins=[FILE] lists what a plugin file of your own adds, too."
-    parser.add_argument("what", nargs="?", metavar="GROUP[=OPTION]", help="optimizer, or optimizer=adamw")
+    parser.add_argument("what", nargs="?", metavar="GROUP[=OPTION]", help="optimizer, optimizer=adamw, or data.format")
     parser.add_argument("--json", action="store_true", help="for machines")
     if files := [word for word in words if word.startswith("plugins=")]:
         from ftrun import words as typed

@@ -73,7 +73,7 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
         yield from (
             (f"{group}={name}" for name in options.names(group))
             if equals and group in options.GROUPS
-            else options.GROUPS
+            else [*options.GROUPS, "data.format"]
         )
     elif before and before[0] == "completion":
         yield from SHELLS

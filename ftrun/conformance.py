@@ -27,6 +27,8 @@ import pytest
 import ftrun
 from ftrun import config, fields, launch, plugin, record
 from ftrun.config import Config
+from ftrun.data import formats
+from ftrun.data.rows import BadRow, Row
 from ftrun.plugin import Plugin
 
 if TYPE_CHECKING:
@@ -272,8 +274,56 @@ class TrackerSuite(PluginSuite):
         assert result.status is record.Status.completed
 
 
+class FormatSuite(PluginSuite):
+    """What a format owes."""
+
+    group = "format"
+    kind: ClassVar[str] = "conversations"
+    """The kind of rows it is for, one of `ftrun.data.formats.KINDS`."""
+
+    rows: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Some rows that it reads: without them, what it makes of rows is not tested."""
+
+    @property
+    def words(self) -> list[str]:
+        """A small run with this option, as it would be typed."""
+        return [*SMALL, f"{plugin.KEYED[self.group][1]}={self.option}", *self.overrides]
+
+    def test_does_its_groups_work(self) -> None:
+        """It converts."""
+        assert issubclass(self.cls, plugin.Format)
+        assert self.cls.convert is not plugin.Format.convert
+
+    def test_what_it_makes_of_a_row_is_read(self) -> None:
+        """Its rows are in a layout that ftrun knows, and can be trained on."""
+        for row in self._rows():
+            assert formats.understand(Row(row, "rows.jsonl", 1), self.kind, self.option)
+
+    def test_the_row_itself_is_left_as_it_was(self) -> None:
+        """A row may be read again, by the preview or in the next epoch."""
+        rows = self._rows()
+        before = copy.deepcopy(rows)
+        made = [self._made(row) for row in rows]
+        assert rows == before
+        assert [self._made(row) for row in rows] == made
+
+    def test_a_row_of_other_columns_is_a_bad_one(self) -> None:
+        """It must not be read as something else, but counted."""
+        with pytest.raises(BadRow):
+            formats.understand(Row({}, "rows.jsonl", 1), self.kind, self.option)
+
+    def _rows(self) -> tuple[dict[str, Any], ...]:
+        self._needs_its_packages()
+        return self.rows or pytest.skip("the suite names no rows")
+
+    def _made(self, row: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+        converter = self.cls()
+        assert isinstance(converter, plugin.Format)
+        return converter.convert(row)
+
+
 SUITES: dict[str, type[PluginSuite]] = {
-    suite.group: suite for suite in (StageSuite, AdapterSuite, QuantSuite, OptimizerSuite, TrackerSuite)
+    suite.group: suite for suite in (StageSuite, AdapterSuite, QuantSuite, OptimizerSuite, TrackerSuite, FormatSuite)
 }
 """The suite of each group."""
 

@@ -18,6 +18,8 @@ from ftrun import fields, options, plugin
 from ftrun.display import console
 from ftrun.errors import ConfigError, Problem, did_you_mean
 
+_FORMAT_KEY = plugin.KEYED[plugin.Format.group][1]
+
 _COMMANDS = {
     "ftrun [KEY=VALUE ...]": "train; without a word, fine-tunes a small model on rows that ship with ftrun",
     "ftrun -m [KEY=VALUE,VALUE ...]": "a run for each combination of the values, one after another",
@@ -178,8 +180,11 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
             yield {"group": group, "about": about, "options": options.names(group)}
         return
     group, _, option = what.partition("=")
+    if group == _FORMAT_KEY:
+        yield from _formats(option)
+        return
     if group not in options.GROUPS:
-        known = list(options.GROUPS)
+        known = [*options.GROUPS, _FORMAT_KEY]
         raise ConfigError([Problem(group, f"is no group{did_you_mean(group, known)}", f"one of {', '.join(known)}")])
     if not option:
         for name in options.names(group):
@@ -190,6 +195,20 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
             [Problem(group, f"there is no {group} {option}{did_you_mean(option, known)}", f"one of {', '.join(known)}")]
         )
     yield from keys(group, option)
+
+
+def _formats(option: str) -> Iterator[dict[str, Any]]:
+    """Yield what ``data.format`` can be, with the kinds of rows that are read from each."""
+    from ftrun.data import formats
+
+    if option:
+        raise ConfigError([Problem(_FORMAT_KEY, "a format has no keys", f"ftrun list {_FORMAT_KEY}")])
+    abouts = {"auto": "the first of these whose columns a row has"}
+    abouts |= {name: formats.about(name) for name in formats.LAYOUTS}
+    for name in formats.names():
+        kinds = [kind for kind, forms in formats.KINDS.items() if name in forms]
+        about = abouts.get(name) or options.summary(plugin.Format.group, name)
+        yield {"option": name, "rows": " or ".join(kinds) or "any kind", "about": about}
 
 
 def keys(group: str, option: str) -> Iterator[dict[str, Any]]:

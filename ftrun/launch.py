@@ -113,6 +113,17 @@ def _is_taken(folder: Path) -> Problem:
     return Problem("output_dir", f"{folder} holds another run", fix)
 
 
+def settle(cfg: Config) -> None:
+    """Settle, in place, what depends on where and when: the model's files, the paths of rows, today's date.
+
+    Raises:
+        ConfigError: The model is nowhere to be found.
+    """
+    cfg.model = model.locate(cfg.model)
+    make_absolute(cfg.data)
+    cfg.template.date = cfg.template.date or datetime.now().date().isoformat()
+
+
 def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     """Settle what depends on the machine, and write the run's folder: from here on nobody reads conf/ again.
 
@@ -120,8 +131,7 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
         ConfigError: The model is nowhere to be found.
     """
     hardware.settle(cfg.hardware, cfg.train)
-    cfg.model = model.locate(cfg.model)
-    make_absolute(cfg.data)
+    settle(cfg)
     folder = _make_folder(cfg)
     manifest = {
         "id": uuid.uuid4().hex[:16],

@@ -256,11 +256,11 @@ def _share(part: int, whole: int) -> str:
 
 
 def bars(lengths: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the bars of the length histogram: from where to where, and how many rows, empty ends left out."""
-    width, counts = lengths["width"], lengths["counts"]
-    first = next(at for at, count in enumerate(counts) if count)
-    for at, count in enumerate(counts[first:], first):
-        yield (f"{at * width}" if width == 1 else f"{at * width}-{(at + 1) * width - 1}"), count
+    """Yield the bars of the length histogram: from where to where, and how many rows."""
+    width = lengths["width"]
+    for number, count in enumerate(lengths["counts"]):
+        first = lengths["start"] + number * width
+        yield (f"{first}" if width == 1 else f"{first}-{first + width - 1}"), count
 
 
 def _show_bars(lengths: dict[str, Any]) -> None:

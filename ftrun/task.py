@@ -16,9 +16,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from ftrun import launch, model, record
+from ftrun import launch, record
 from ftrun.config import Config
-from ftrun.data.sources import make_absolute
 from ftrun.display import errors
 from ftrun.errors import RunFailed
 from ftrun.hardware import Device, Hardware, default_threads
@@ -45,8 +44,7 @@ def do(task: str, cfg: Config, take: Callable[[str], None], **options: Any) -> R
         RunFailed: It failed.
     """
     cfg.hardware = Hardware(device=Device.cpu, num_processes=1, num_threads=default_threads(1))
-    cfg.model = model.locate(cfg.model)
-    make_absolute(cfg.data)
+    launch.settle(cfg)
     folder = Path(tempfile.mkdtemp(prefix="ftrun-"))
     answer = launch.Answer(take)
     try:

@@ -68,6 +68,10 @@ class Template:
     system_in_user: bool = False
     """Put the system message into the first user message."""
 
+    date: str | None = None
+    """What day a chat template that writes today's date is told it is, as YYYY-MM-DD. Default: the day on which the run
+    is started, kept in run.yaml, so that a run that goes on tomorrow is still the same."""
+
     stop: list[str] = field(default_factory=list)
     """Strings that end a reply, besides the tokenizer's end-of-sequence token."""
 
@@ -109,12 +113,14 @@ def check(template: Template) -> Iterator[Problem]:
         message = f"there is no tool format {template.tool_format}"
         message += did_you_mean(template.tool_format, list(TOOL_FORMATS))
         yield Problem("template.tool_format", message, f"one of {', '.join(TOOL_FORMATS)}")
+    if template.date is not None and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", template.date):
+        yield Problem("template.date", f"{template.date} is no day", "template.date=2026-01-31")
     if template.replace_eos and not template.stop:
         yield Problem("template.replace_eos", "no string is named that ends a reply", "template.stop=['<|im_end|>']")
     if not template.chat_template and template.user is None:
         fresh = Template()
         for name, value in vars(template).items():
-            if value != getattr(fresh, name) and name not in ("stop", "replace_eos"):
+            if value != getattr(fresh, name) and name not in ("stop", "replace_eos", "date"):
                 message = "belongs to a template of slots, and this one, the tokenizer's own, has no user slot"
                 yield Problem(f"template.{name}", message, "template=NAME, or template.user too")
 

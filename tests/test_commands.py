@@ -18,6 +18,7 @@ import yaml
 import ftrun as package
 from ftrun import cli, config, model, options, plugin, record
 from ftrun.config import Config
+from ftrun.data import formats
 from ftrun.record import Holder, Result, Status
 from ftrun.train import Scheduler
 
@@ -230,6 +231,35 @@ def test_list_of_what_there_is_not(what, says, driver):
         assert says in done.err
         assert ("optimizer, " if "=" not in what else "adamw") in done.err
         assert done.out == ""
+
+
+FORMAT = '''\
+from dataclasses import dataclass
+
+from ftrun.plugin import Format, register
+
+
+@register
+@dataclass(kw_only=True)
+class Mine(Format):
+    """Rows of mine."""
+
+    name: str = "mine"
+'''
+
+
+def test_list_of_the_formats_of_rows(driver, write):
+    page, rows = driver("list", "data.format").sees(0).out, json.loads(driver("list", "data.format", "--json").out)
+    assert [row["option"] for row in rows] == formats.names()
+    for row in rows:
+        assert row["about"]
+        assert re.search(rf"^{row['option']} +{row['rows']}", page, re.MULTILINE)
+    assert {"option": "tokens", "rows": "conversations or texts", "about": "input_ids"} in rows
+    assert "a format has no keys" in driver("list", "data.format=alpaca").sees(2).err
+    assert "did you mean data.format" in driver("list", "data.formats").sees(2).err
+    write("mine.py", FORMAT)
+    page = driver("list", "data.format", "plugins=[mine.py]").sees(0).out
+    assert re.search(r"^mine +any kind +Rows of mine\.", page, re.MULTILINE)
 
 
 # show

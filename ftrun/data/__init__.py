@@ -1,15 +1,15 @@
 """Which rows a run trains on: the ``data`` group.
 
-`ftrun.data.sources` finds the places that rows come from (`places` for files, `hub`, `info` for dataset_info.json) and
-`ftrun.data.read` reads them; `ftrun.data.formats` understands their columns; `ftrun.data.mix` says in which order several
-sources follow one another. All of these run in the driver, without torch. Turning rows into tokens begins in
+`ftrun.data.sources` finds the places that rows come from (`places` for files, `hub`, `info` for dataset_info.json), and
+`ftrun.data.read` reads them; `ftrun.data.formats` understands their columns; `ftrun.data.mix` says in which order those
+of several sources follow one another. All of these run in the driver, without torch. Turning rows into tokens begins in
 `ftrun.worker.dataset`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 from ftrun.fields import MISSING, ranged
 
@@ -31,7 +31,7 @@ class TrainOn(StrEnum):
     all = "all"
 
 
-class Reasoning(StrEnum):
+class Reasoning(Enum):
     """What happens to the thinking in replies."""
 
     keep = "keep"
@@ -108,9 +108,9 @@ class Data:
     """The rows a run trains on."""
 
     path: str | None = None
-    """A file, folder, glob, address (s3://, gs://, hf://, https://), hub id (ModelScope's as ``ms://ORG/NAME``), name in
-    ``dataset_info``, or a set that ships with ftrun (``demo:identity``). Behind ``documents:``, each file is one text.
-    Default: the stage's own demo set."""
+    """A file, folder, glob, address (s3://, gs://, hf://, https://), hub id (ModelScope's as ``ms://ORG/NAME``), name
+    in ``dataset_info``, or a set that ships with ftrun (``demo:identity``). Behind ``documents:``, each file is one
+    text. Default: the stage's own demo set."""
 
     rows: int | None = ranged(None, ge=1)
     """Use no more than the first so many rows of ``path``."""

@@ -12,7 +12,10 @@ _THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 def tools_of(row: Row) -> list[Any] | None:
-    """Return the ``tools`` of a row, a list of objects or JSON text of one, in OpenAI's form; None for no tools.
+    """Return the ``tools`` of a row, a list of objects or JSON text of one, in OpenAI's form.
+
+    Returns:
+        None where the row has none, and an empty list where its text says that there are none.
 
     Raises:
         BadRow: They are something else.

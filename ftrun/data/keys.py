@@ -18,7 +18,8 @@ def check(cfg: Config) -> Iterator[Problem]:
     """Yield what cannot be meant."""
     data = cfg.data
     yield from _places(data)
-    yield from _formats(cfg)
+    if cfg.stage.rows:
+        yield from _formats(cfg)
     yield from _mixing(data)
     yield from _learned(data, cfg.stage.rows)
     yield from _lengths(cfg)

@@ -430,4 +430,3 @@ _TABLES: dict[str, Callable[[IO[bytes], str], Iterator[Row | BadRow]]] = {".parq
 
 KINDS = (*TEXTS, *_TABLES)
 """Endings of the files that are read, each also with one of `ftrun.data.storage.PACKINGS` behind it."""
-

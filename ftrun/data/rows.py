@@ -36,7 +36,7 @@ class BadRow(Exception):
 
 
 Message = dict[str, Any]
-"""One message of a conversation, as `ftrun.data.formats` leaves it:
+"""One message of a conversation, as `ftrun.data.messages` leaves it:
 
 - ``role``: system, user, assistant or tool.
 - ``content``: a text; with images, videos or audio a list of parts ``{"type": "text", "text": ...}``,
@@ -102,6 +102,8 @@ class Question:
 
     prompt: list[Message]
     answer: Any
+    """None where the row has none."""
+
     row: Row
     tools: list[Any] | None = None
     media: list[Medium] = field(default_factory=list)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ftrun.data import Packing
+from ftrun.data.tokens import IGNORED
+from ftrun.worker.media.batch import with_media
 
 if TYPE_CHECKING:
     from ftrun.config import Config
-
-IGNORED = -100
-"""The label of a token that is not learned."""
+    from ftrun.worker.media.processor import MediaProcessor
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[Sequence[Any]], Batch]
@@ -28,17 +28,25 @@ Collate = Callable[[Sequence[Any]], Batch]
 _FOR_THE_TRAINER = ("labels", "weights", "token_mask", "index")
 
 
-def collator(cfg: Config, pad_id: int) -> Collate:
+def collator(cfg: Config, pad_id: int, media: MediaProcessor | None = None) -> Collate:
     """Return what makes a training batch of a stage's rows: of sequences, or of pairs of them."""
-    collate = sequence_collator(cfg, pad_id)
+    collate = sequence_collator(cfg, pad_id, media)
     return partial(pairs, collate=collate) if cfg.stage.rows == "pairs" else collate
 
 
-def sequence_collator(cfg: Config, pad_id: int) -> Collate:
+def sequence_collator(cfg: Config, pad_id: int, media: MediaProcessor | None = None) -> Collate:
     """Return what makes a training batch of sequences."""
     if is_flat(cfg):
         return flatten
-    return partial(stack if cfg.data.packing is Packing.best_fit else pad, pad_id=pad_id)
+    if cfg.data.packing is Packing.best_fit:
+        return partial(stack, pad_id=pad_id)
+    return padding_collator(pad_id, media)
+
+
+def padding_collator(pad_id: int, media: MediaProcessor | None = None) -> Collate:
+    """Return what makes a padded batch of sequences, some of which may have media if a model's processor is given."""
+    collate = partial(pad, pad_id=pad_id)
+    return partial(with_media, collate=collate, processor=media) if media else collate
 
 
 def with_places(rows: Sequence[Any], collate: Collate) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ftrun.worker.batches import IGNORED, Batch, model_inputs, pad
+from ftrun.data.tokens import IGNORED
+from ftrun.worker.batches import Batch, model_inputs, padding_collator
 from ftrun.worker.training import RunTrainer
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class CausalTrainer(RunTrainer):
     def _evaluate_set(self, prefix: str, rows: Any) -> dict[str, float]:
         sums = [0.0, 0.0, 0.0, 0.0]
         with torch.no_grad(), self.accelerator.autocast():
+            collate = padding_collator(self.run.pad_id, self.run.media)
             for found in self.run.in_file_order(rows, padded=True):
-                batch = self.on_device(pad(found, self.run.pad_id))
+                batch = self.on_device(collate(found))
                 logits, targets = labelled_logits(self.model, self.model, batch)
                 loss = summed_loss(logits, targets, labelled_weights(batch))
                 right = (logits.argmax(-1) == targets).sum()

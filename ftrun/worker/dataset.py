@@ -102,7 +102,9 @@ def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
         return [store.fetch(cfg, tokenizer, opened, say) for opened in found]
 
     stores = [] if cfg.data.streaming else fetched(resolved.train)
-    evals = {name: rows for name, found in resolved.eval.items() if len(rows := _all(fetched(found)))}
+    for stored in stores:
+        store.refuse_packing(stored.report, cfg)
+    evals = {name: some for name, found in resolved.eval.items() if len(some := _all(fetched(found)))}
     if cfg.data.streaming:
         return _streamed(cfg, tokenizer, resolved.train, evals)
     kept, held_out = _split(cfg, stores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from ftrun.data import Cut, Packing, TooLong, TrainOn
 from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Conversation, Feedback, Item, Pair, Question, Row, Text, Tokens
 from ftrun.data.sources import Opened
-from ftrun.worker.batches import IGNORED
+from ftrun.data.tokens import IGNORED
+from ftrun.worker.media.place import Located
+from ftrun.worker.media.placeholders import Placeholders
 from ftrun.worker.render import Part, Renderer
 from ftrun.worker.tokens import TextEncoder
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 Numbers = np.ndarray[Any, Any]
 
-VERSION = 1
+VERSION = 2
 """Raised when the same row gives other tokens than before: what was tokenised is then tokenised again."""
 
 
@@ -66,6 +68,14 @@ class EncodedRow:
     special_as_text: bool = False
     """Whether the row's own text holds special tokens, which are tokenised as text."""
 
+    media: list[Located] = field(default_factory=list)
+    """What the placeholders in each of its sequences stand for, in order."""
+
+    @property
+    def grown(self) -> int:
+        """How many more tokens a sequence has once its placeholders are replaced, as far as is known."""
+        return sum(medium.num_tokens - 1 for medium in self.media)
+
 
 SIDES: dict[str, tuple[str, ...]] = {"pairs": ("chosen", "rejected")}
 """The names of a row's sequences, for kinds of rows that have several."""
@@ -83,6 +93,7 @@ class RowEncoder:
         # Text that is packed one row behind the other is cut where a sequence is full, not here.
         self._limit = None if cfg.data.packing is Packing.concatenate else cfg.data.max_length
         self._bos_ids = _opening_ids(tokenizer)
+        self._placeholders = Placeholders(cfg.data, tokenizer)
 
     def encode(self, items: Sequence[Item]) -> list[EncodedRow | BadRow]:
         """Tokenise rows, all texts of the batch at once; the rows that cannot be trained on come back as `BadRow`.
@@ -92,7 +103,9 @@ class RowEncoder:
         drafts: list[_Draft | BadRow] = []
         for item in items:
             try:
-                drafts += _DRAFTS[type(item)](self, item)
+                media = self._placeholders.located(item)
+                found = _DRAFTS[type(item)](self, item)
+                drafts += [replace(draft, media=media, whole=len(found) == 1) for draft in found] if media else found
             except BadRow as bad:
                 drafts.append(bad)
         texts = [part.text for draft in drafts if isinstance(draft, _Draft) for side in draft.sides for part in side]
@@ -110,24 +123,36 @@ class RowEncoder:
 
     def _finished(self, draft: _Draft, ids: Any) -> EncodedRow | BadRow:
         sequences = [draft.ready] if draft.ready else [self._joined(side, ids, draft) for side in draft.sides]
-        longest = max(len(sequence.ids) for sequence in sequences)
+        try:
+            media, *_ = [
+                self._placeholders.matched(each.ids, draft.media, draft.row, whole=draft.whole) for each in sequences
+            ]
+        except BadRow as bad:
+            return bad
+        grown = sum(medium.num_tokens - 1 for medium in media)
+        longest = max(len(sequence.ids) for sequence in sequences) + grown
         too_long = self._limit is not None and longest > self._limit
         if too_long and self.data.too_long is not TooLong.cut:
             return TooLongRow(draft.row, longest, self.data.max_length)
         if too_long:
-            sequences = self._cut(sequences, draft)
+            sequences = self._cut(sequences, draft, grown)
+            if any(len(self._placeholders.kinds(sequence.ids)) < len(media) for sequence in sequences):
+                message = f"cut to data.max_length={self._limit}, it would lose a part of its media"
+                return BadRow(draft.row, message, "a larger data.max_length, or data.too_long=drop")
         if not draft.prompt_only and not all(sequence.learned for sequence in sequences):
             what = f"the first {self._limit} tokens hold" if too_long else "the row holds"
             return BadRow(draft.row, f"{what} nothing to learn", "a reply to learn, or another data.train_on")
-        return EncodedRow(draft.row, sequences, draft.extra, too_long, draft.special_as_text)
+        return EncodedRow(draft.row, sequences, draft.extra, too_long, draft.special_as_text, media)
 
-    def _cut(self, sequences: list[Encoded], draft: _Draft) -> list[Encoded]:
+    def _cut(self, sequences: list[Encoded], draft: _Draft, grown: int) -> list[Encoded]:
+        """Cut the sequences of a row whose placeholders become ``grown`` more tokens."""
         assert self._limit is not None
+        limit = max(1, self._limit - grown)
         if self.data.cut is Cut.middle or draft.open_end or draft.prompt_only:
-            return cut(sequences, self._limit, open_end=draft.open_end)
+            return cut(sequences, limit, open_end=draft.open_end)
         if draft.one_turn:
-            return cut_each_at_its_end(sequences, self._limit)
-        return [cut_turns(sequences[0], self._limit, last_first=self.data.train_on is TrainOn.last)]
+            return cut_each_at_its_end(sequences, limit)
+        return [cut_turns(sequences[0], limit, last_first=self.data.train_on is TrainOn.last)]
 
     def _joined(self, parts: Sequence[Part], ids: Any, draft: _Draft) -> Encoded:
         """Put the tokens of a sequence's parts behind one another."""
@@ -174,7 +199,7 @@ class _Draft:
     """A row whose texts are known and whose tokens are not."""
 
     row: Row
-    sides: list[Sequence[Part]]
+    sides: Sequence[Sequence[Part]]
     extra: Any = None
     prompt_only: bool = False
     ends_with_eos: bool = False
@@ -189,6 +214,9 @@ class _Draft:
     """The sequence itself, of a row that came tokenised."""
 
     special_as_text: bool = False
+    media: list[Located] = field(default_factory=list)
+    whole: bool = True
+    """Whether it is all of its row, and not the part of it up to one reply."""
 
 
 def _conversation(encoder: RowEncoder, item: Conversation) -> list[_Draft]:

@@ -59,7 +59,9 @@ def save_model(trainer: RunTrainer, run: Run, metrics: dict[str, float]) -> None
     partial = folder.with_name(f".{folder.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)
     run.cfg.adapter.save(model, partial, run)
-    run.tokenizer.save_pretrained(partial)
+    if run.media:
+        run.media.save(partial)
+    run.tokenizer.save_pretrained(partial)  # after the processor, which has a chat template of its own
     (partial / "README.md").write_text(card(run, metrics))
     partial.rename(folder)
 

@@ -13,8 +13,8 @@ from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
 from ftrun.hardware import Device
 from ftrun.model import WHEELS, Attention, Dtype, Model, Source, wheel_file
-from ftrun.template import Template
 from ftrun.worker import builtin, wheel
+from ftrun.worker.media import processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ def tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     """
     events.send("phase", text="loading the tokenizer")
     loaded = _load_tokenizer(cfg.model)
-    _apply_template(loaded, cfg.template)
+    _apply_template(loaded, cfg)
     if loaded.pad_token is None:
         # Only ever used where attention is masked and labels are ignored, by position and not by value.
         loaded.pad_token = loaded.eos_token or loaded.bos_token or loaded.unk_token
@@ -38,10 +38,11 @@ def tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _apply_template(loaded: PreTrainedTokenizerBase, chosen: Template) -> None:
+def _apply_template(loaded: PreTrainedTokenizerBase, cfg: Config) -> None:
     """Give a tokenizer what a template needs: its Jinja text, and its end-of-turn tokens where they are unknown."""
+    chosen, data = cfg.template, cfg.data
     if chosen.has_slots:
-        loaded.chat_template = template.to_jinja(chosen)
+        loaded.chat_template = template.to_jinja(chosen, data.reasoning, strip_history=not data.history_reasoning)
     elif chosen.chat_template:
         loaded.chat_template = chosen.chat_template
     stop = list(chosen.stop)
@@ -60,7 +61,14 @@ def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if model.source is Source.gguf:
         path = Path(model.path)
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(_files(model), **_source_arguments(model))
+    files, arguments = _files(model), _source_arguments(model)
+    try:
+        multimodal = processor.load_tokenizer(files, arguments)
+    except ValueError as error:
+        raise ConfigError(
+            [Problem("model.path", f"{model.path} is multimodal, and {error}", "all of its files")]
+        ) from None
+    return multimodal or AutoTokenizer.from_pretrained(files, **arguments)
 
 
 def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -91,7 +99,9 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         message = f"the tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings"
         if cfg.template.stop:
             message += f"; the template ends replies with {', '.join(cfg.template.stop)}, of which some are new to it"
-            raise ConfigError([Problem("template", message, "template=auto, or the template that the model was made with")])
+            raise ConfigError(
+                [Problem("template", message, "template=auto, or the template that the model was made with")]
+            )
         raise ConfigError([Problem("model.path", message, "a folder whose tokenizer and model belong together")])
     return loaded
 
@@ -112,29 +122,35 @@ def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, quantization_config=dequantize, **arguments
         )
-    return AutoModelForCausalLM.from_pretrained(_files(model), **arguments, **_source_arguments(model))
+    return _pretrained(_files(model), arguments, _source_arguments(model))
+
+
+def _pretrained(files: str, arguments: dict[str, Any], source_arguments: dict[str, Any]) -> PreTrainedModel:
+    """Load a model of text, or one of text and media whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    multimodal = processor.multimodal_config(files, source_arguments) is not None
+    loader = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+    return loader.from_pretrained(files, **arguments, **source_arguments)
 
 
 def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
     """Load what an earlier run ended with: its weights, or its own start with its adapter merged in."""
-    from transformers import AutoModelForCausalLM
-
     ended = folder / record.MODEL
     if not (ended / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(ended, **arguments)
+        return _pretrained(str(ended), arguments, {})
     start = Config.load(folder / record.RUN)
     return _merge(_load_model(start.model, arguments), ended)
 
 
 def _load_adapter_folder(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
     from peft import PeftConfig
-    from transformers import AutoModelForCausalLM
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         message = f"{folder} holds an adapter that does not say for which model it is"
         raise ConfigError([Problem("model.path", message, "the folder of a merged model")])
-    return _merge(AutoModelForCausalLM.from_pretrained(base, **arguments), folder)
+    return _merge(_pretrained(base, arguments, {}), folder)
 
 
 def _merge(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:

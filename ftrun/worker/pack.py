@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftrun.worker.batches import IGNORED, flatten, model_inputs
+from ftrun.data.tokens import IGNORED
+from ftrun.worker.batches import flatten, model_inputs
 
 Array = np.ndarray[Any, Any]
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from ftrun.config import Config
 from ftrun.data import Packing, TrainOn
+from ftrun.data.tokens import IGNORED
 from ftrun.errors import ConfigError
 from ftrun.template import Template
 from ftrun.worker import dataset, loading
-from ftrun.worker.batches import IGNORED
 from ftrun.worker.dataset import Rows, Selected
 from ftrun.worker.pack import PackedRows
 
@@ -198,13 +198,13 @@ def _report(cfg: Config, rows: Rows, view: _View, template: str) -> dict[str, An
 def histogram(lengths: Any) -> dict[str, Any]:
     """Return how many rows there are of which lengths: bars of equal and round width, and a few figures."""
     lengths = np.asarray(lengths)
-    longest = int(lengths.max())
-    width = next(step for step in _round_numbers() if step * _BARS > longest)
-    counts = np.bincount(lengths // width, minlength=longest // width + 1)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = next(step for step in _round_numbers() if longest // step - shortest // step < _BARS)
     return {
+        "start": shortest // width * width,
         "width": width,
-        "counts": counts.tolist(),
-        "shortest": int(lengths.min()),
+        "counts": np.bincount(lengths // width - shortest // width).tolist(),
+        "shortest": shortest,
         "median": int(np.median(lengths)),
         "mean": round(float(lengths.mean()), 1),
         "p95": int(np.percentile(lengths, 95)),

@@ -7,6 +7,8 @@ prompt ends there.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ftrun.data import Data, Reasoning, TrainOn
 from ftrun.data.rows import BadRow, Conversation, Message, Row
 from ftrun.template import Kind, Piece, Template, TemplateError, render
+from ftrun.worker.media import processor
 from ftrun.worker.tokens import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 _OTHER_TEMPLATE = "template=NAME (`ftrun list template`) instead of the tokenizer's own"
 
@@ -44,6 +48,10 @@ class Renderer:
         self.tokenizer, self.template, self.data, self.encoder = tokenizer, template, data, encoder
         self._bos, self._eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
         self._marked = bool(tokenizer.chat_template and _MARKS.search(str(tokenizer.chat_template)))
+        self._texts: dict[bool, str] = {}
+        self._media = processor.of(tokenizer)
+        self._written = {kind: self._media.written(kind) for kind in self._media.tokens} if self._media else {}
+        self._parts_only = self._media is not None and not template.has_slots and _reads_parts_only(tokenizer)
 
     def sequences(self, item: Conversation, first: int = 0) -> list[list[Part]]:
         """Return the sequences to train a conversation with: one, unless the template rewrites earlier turns.
@@ -99,18 +107,24 @@ class Renderer:
             raise BadRow(item.row, message, f"data.train_on=completions, or {_OTHER_TEMPLATE}")
         return [own.one(index) for index in learned]
 
+    def own_template(self, tools: list[Any] | None) -> str:
+        """Return the text of the tokenizer's own template, of which it may have one for tools, with the run's date."""
+        if bool(tools) not in self._texts:
+            self._texts[bool(tools)] = dated(self.tokenizer.get_chat_template(tools=tools), self.template.date)
+        return self._texts[bool(tools)]
+
     def _parts(self, pieces: Sequence[Piece], messages: list[Message], first: int) -> list[Part]:
         """Say of each piece how much it counts."""
         replies = [piece.message for piece in pieces if piece.kind is Kind.reply]
         last = replies[-1] if replies else -1
         return [
-            Part(piece.text, self._weight(piece, messages, first, last), piece.kind is Kind.reply)
+            Part(self._bordered(piece.text), self._weight(piece, messages, first, last), piece.kind is Kind.reply)
             for piece in pieces
             if piece.text
         ]
 
     def _weight(self, piece: Piece, messages: list[Message], first: int, last: int) -> float:
-        message = messages[piece.message] if piece.message >= 0 else {"role": None}
+        message: Message = messages[piece.message] if piece.message >= 0 else {"role": None}
         weight = float(message.get("weight", 1.0))
         if piece.message < first and first:
             return 0.0
@@ -137,9 +151,22 @@ class Renderer:
                 without_thinking(message) if strip or index < last else message
                 for index, message in enumerate(messages)
             ]
-        if self.data.control_tokens_in_text:
-            return messages
-        return [self._guarded(message, item.row) for message in messages]
+        if not self.data.control_tokens_in_text:
+            messages = [self._guarded(message, item.row) for message in messages]
+        return [self._for_template(message) for message in messages] if self._media else messages
+
+    def _for_template(self, message: Message) -> Message:
+        """Return a message with its content as the template takes it: a text, or a list of parts."""
+        content = message["content"]
+        if isinstance(content, str):
+            return message | {"content": [{"type": "text", "text": content}]} if self._parts_only else message
+        if not self.template.has_slots:
+            return message
+        texts = (part["text"] if part["type"] == "text" else self._written.get(part["type"], "") for part in content)
+        return message | {"content": "".join(texts)}
+
+    def _bordered(self, text: str) -> str:
+        return self._media.bordered(text) if self._media else text
 
     def _guarded(self, message: Message, row: Row) -> Message:
         """Mark the special tokens in a message's own text as plain text."""
@@ -236,7 +263,7 @@ class _Own:
             (text,), (spans,) = render_jinja_template(
                 [self._messages],
                 tools=self._item.tools,
-                chat_template=self._tokenizer.get_chat_template(tools=self._item.tools),
+                chat_template=self._renderer.own_template(self._item.tools),
                 return_assistant_tokens_mask=True,
                 **self._variables(len(self._messages)),
                 **{name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
@@ -259,6 +286,7 @@ class _Own:
             text = self._tokenizer.apply_chat_template(
                 self._messages[:count],
                 tools=self._item.tools,
+                chat_template=self._renderer.own_template(self._item.tools),
                 tokenize=False,
                 add_generation_prompt=opening,
                 **self._variables(count + opening),
@@ -283,6 +311,17 @@ class _Own:
         return {}
 
 
+def _reads_parts_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a chat template leaves out content that is a text and not a list of parts."""
+    if not tokenizer.chat_template:
+        return False
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "probe7"}], tokenize=False)
+    except Exception:
+        return True
+    return "probe7" not in str(text)
+
+
 @contextlib.contextmanager
 def _refusing(row: Row) -> Iterator[None]:
     """Turn whatever a chat template raises into a bad row."""
@@ -291,6 +330,14 @@ def _refusing(row: Row) -> Iterator[None]:
     except Exception as error:
         message = f"the chat template refuses it: {error}"
         raise BadRow(row, message, "a conversation that the model's template knows, or template=NAME") from None
+
+
+def dated(chat_template: str, date: str | None) -> str:
+    """Return a chat template that writes a given day where it would write today's date."""
+    if date is None:
+        return chat_template
+    day = datetime.date.fromisoformat(date)
+    return _TODAY.sub(lambda found: json.dumps(day.strftime(found[2])), chat_template)
 
 
 def thinks(message: Message) -> bool:

@@ -30,6 +30,9 @@ from ftrun.data.sources import Opened
 from ftrun.errors import ConfigError, Problem
 from ftrun.worker import encode
 from ftrun.worker.encode import SIDES, EncodedRow, RowEncoder, TooLongRow
+from ftrun.worker.media import processor
+from ftrun.worker.media.place import Located
+from ftrun.worker.render import dated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +77,12 @@ class Report:
     weighted: bool = False
     """Whether any message counts more or less than others."""
 
+    media: Counter[str] = field(default_factory=Counter)
+    """Images, videos and sounds."""
+
+    media_folders: list[str] = field(default_factory=list)
+    """The folders of the files whose rows name media by their paths."""
+
     def take(self, found: EncodedRow | BadRow) -> EncodedRow | None:
         """Count a row; return it if it is to be trained on."""
         if isinstance(found, TooLongRow):
@@ -87,9 +96,14 @@ class Report:
         self.sequences += 1
         self.truncated += found.truncated
         self.special_as_text += found.special_as_text
-        self.tokens += sum(len(sequence.ids) for sequence in found.sequences)
+        self.tokens += sum(len(sequence.ids) + found.grown for sequence in found.sequences)
         self.learned += sum(sequence.learned for sequence in found.sequences)
         self.weighted |= any(weight != 1.0 for sequence in found.sequences for weight in sequence.weights)
+        if found.media:
+            self.media.update(medium.kind for medium in found.media)
+            folder = os.path.dirname(found.row.file)
+            on_disk = any(isinstance(source, str) for medium in found.media for source in medium.sources)
+            self.media_folders += [folder] if on_disk and folder not in self.media_folders else []
         return found
 
     def add(self, other: Report) -> None:
@@ -100,6 +114,8 @@ class Report:
         self.problems = (self.problems + other.problems)[:MOST_PROBLEMS]
         self.prompts = (self.prompts + other.prompts)[:PROMPTS]
         self.weighted |= other.weighted
+        self.media += other.media
+        self.media_folders = sorted({*self.media_folders, *other.media_folders})
 
     @property
     def bad(self) -> int:
@@ -122,18 +138,19 @@ class Report:
             "tokens": self.tokens,
             "tokens_learned": self.learned,
         }
-        some = {"sequences": self.sequences} if self.sequences != self.rows else {}
+        some: dict[str, Any] = {"sequences": self.sequences} if self.sequences != self.rows else {}
         some |= {"too_long": self.dropped} if self.dropped else {}
+        some |= {"media": dict(self.media)} if self.media else {}
         return counts | some | ({"special_as_text": self.special_as_text} if self.special_as_text else {})
 
     def saved(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return vars(self) | {"skipped": dict(self.skipped)}
+        return {**vars(self), "skipped": dict(self.skipped), "media": dict(self.media)}
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Report:
         """Return a report that was saved as JSON."""
-        return cls(**saved | {"skipped": Counter(saved["skipped"])})
+        return cls(**saved | {"skipped": Counter(saved["skipped"]), "media": Counter(saved["media"])})
 
 
 def folder() -> Path:
@@ -157,6 +174,7 @@ def material(cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened) ->
         "columns": opened.columns,
         "tags": opened.tags,
         "tokenizer": tokenizer_digest(tokenizer),
+        "processor": found.digest if (found := processor.of(tokenizer)) else None,
         "template": None if kind == "texts" else _template(cfg, tokenizer),
         "options": options,
     }
@@ -177,7 +195,12 @@ _READ = {
 
 
 def _template(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return dataclasses.asdict(cfg.template) | {"own": None if cfg.template.has_slots else tokenizer.chat_template}
+    slots = {name: value for name, value in dataclasses.asdict(cfg.template).items() if name not in ("date", "stop")}
+    if cfg.template.has_slots:
+        return slots
+    own = tokenizer.chat_template
+    texts = own.values() if isinstance(own, dict) else [own or ""]
+    return {"own": [dated(text, cfg.template.date) for text in texts]}
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -204,6 +227,21 @@ def fetch(cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened, say: 
         ConfigError: A row cannot be trained on, and it is not to be skipped, or too many are.
     """
     needs = material(cfg, tokenizer, opened)
+    stored = _fetched(cfg, tokenizer, opened, needs, say)
+    if cfg.data.media_folder is None and not set(stored.report.media_folders) <= set(_folders(opened)):
+        # The same rows lie elsewhere too, and the paths in them lead to other media from there.
+        stored = _fetched(cfg, tokenizer, opened, needs | {"folders": _folders(opened)}, say)
+    judge(stored.report, cfg.data, opened.name)
+    return stored
+
+
+def _folders(opened: Opened) -> list[str]:
+    return sorted({os.path.dirname(file) for file in opened.files})
+
+
+def _fetched(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened, needs: dict[str, Any], say: Callable[[str], None]
+) -> StoredRows:
     key = _digest(needs)[:32]
     place = folder() / key
     if not (place / _META).is_file():
@@ -213,9 +251,7 @@ def fetch(cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened, say: 
                 say(f"tokenising {opened.name}")
                 _build(place, cfg, tokenizer, opened, needs)
     os.utime(place / _META)  # when it was last of use
-    stored = StoredRows(place)
-    judge(stored.report, cfg.data, opened.name)
-    return stored
+    return StoredRows(place)
 
 
 def _build(place: Path, cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened, needs: dict[str, Any]) -> None:
@@ -308,6 +344,19 @@ def judge(report: Report, data: Data, name: str) -> None:
         raise ConfigError([Problem(name, share, "data.max_bad_share=, or better rows"), *problems[:1]])
 
 
+def refuse_packing(report: Report, cfg: Config) -> None:
+    """Stop where rows with media are to share a sequence: their positions are not those of the tokens alone.
+
+    Raises:
+        ConfigError: Some are.
+    """
+    key = "data.packing" if cfg.data.packing is not Packing.none else "train.padding_free"
+    if report.media and (cfg.data.packing is not Packing.none or cfg.train.padding_free):
+        what = ", ".join(f"{count} {kind}" for kind, count in report.media.items())
+        message = f"rows with media ({what}) cannot share a sequence: the model finds their positions from whole rows"
+        raise ConfigError([Problem(key, message, f"{key}={'none' if key == 'data.packing' else 'false'}")])
+
+
 class _Part:
     """One process's part of a source: every so many-th batch of its rows."""
 
@@ -361,9 +410,38 @@ class _Part:
                     self.report.prompts.append(item.messages[: replies[-1]])
 
 
+_MEDIUM = pa.struct(
+    {
+        "kind": pa.string(),
+        "paths": pa.list_(pa.string()),
+        "bytes": pa.list_(pa.large_binary()),
+        "frames": pa.bool_(),
+        "num_tokens": pa.int32(),
+    }
+)
+"""A medium: of each of its sources, the path or the bytes."""
+
+
+def _saved(medium: Located) -> dict[str, Any]:
+    return {
+        "kind": medium.kind,
+        "paths": [source if isinstance(source, str) else None for source in medium.sources],
+        "bytes": [source if isinstance(source, bytes) else None for source in medium.sources],
+        "frames": medium.frames,
+        "num_tokens": medium.num_tokens,
+    }
+
+
+def _read(saved: dict[str, Any]) -> Located:
+    pairs = zip(saved["paths"], saved["bytes"], strict=True)
+    sources = tuple(path if given is None else given for path, given in pairs)
+    return Located(saved["kind"], sources, saved["frames"], num_tokens=saved["num_tokens"])
+
+
 def _schema(sides: tuple[str, ...]) -> pa.Schema:
     tokens, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     columns = [("file", pa.dictionary(pa.int32(), pa.string())), ("line", pa.int64()), ("extra", pa.string())]
+    columns += [("media", pa.list_(_MEDIUM)), ("grown", pa.int32())]
     for side in sides:
         columns += [
             (f"{side}ids", tokens), (f"{side}spans", tokens), (f"{side}weights", floats), (f"{side}labels", tokens),
@@ -376,6 +454,8 @@ def _record_batch(rows: list[EncodedRow], sides: tuple[str, ...], schema: pa.Sch
         [row.row.file for row in rows],
         [row.row.line for row in rows],
         [None if row.extra is None else json.dumps(row.extra) for row in rows],
+        [[_saved(medium) for medium in row.media] for row in rows],
+        [row.grown for row in rows],
     ]
     for number in range(len(sides)):
         each = [row.sequences[number] for row in rows]
@@ -414,7 +494,8 @@ class StoredRows:
     """The tokenised rows of one source, mapped into memory: rows that are not looked at take none.
 
     ``rows[i]`` is a dict with ``input_ids`` and ``labels`` of shape (T,) as int32, and ``weights`` (T,) as float32 if
-    any message of the source has a weight; of a pair, ``chosen`` and ``rejected`` are such dicts.
+    any message of the source has a weight; of a row with media also ``media``, a list of them, and ``place``. Of a
+    pair, ``chosen`` and ``rejected`` are such dicts.
     """
 
     def __init__(self, place: Path) -> None:
@@ -437,6 +518,7 @@ class StoredRows:
         """The tokens of each row; of a pair, of its longer side."""
         each = [
             np.max([np.diff(batch.column(f"{side}ids").offsets.to_numpy()) for side in self.sides], axis=0)
+            + batch.column("grown").to_numpy()
             for batch in self._batches
         ]
         return np.concatenate(each) if each else np.zeros(0, np.int32)
@@ -450,9 +532,10 @@ class StoredRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch, row = self._find(index)
+        media = self._media(batch, row) if self.report.media else {}
         if self.sides == ("",):
-            return self._sequence(batch, row, "")
-        return {side: self._sequence(batch, row, side) for side in self.sides}
+            return self._sequence(batch, row, "") | media
+        return {side: self._sequence(batch, row, side) | media for side in self.sides}
 
     def place_of(self, index: int) -> str:
         """Return the file and line that a row comes from."""
@@ -465,6 +548,13 @@ class StoredRows:
         batch, row = self._find(index)
         text = self._batches[batch].column("extra")[row].as_py()
         return None if text is None else json.loads(text)
+
+    def _media(self, batch: int, row: int) -> dict[str, Any]:
+        """Return a row's media, and where the row stands, for errors; nothing if it has none."""
+        columns = self._batches[batch]
+        media = [_read(saved) for saved in columns.column("media")[row].as_py()]
+        place = f"{columns.column('file')[row].as_py()}:{columns.column('line')[row].as_py()}"
+        return {"media": media, "place": place} if media else {}
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

@@ -23,7 +23,7 @@ from ftrun.data.rows import BadRow, Row
 from ftrun.data.sources import Opened
 from ftrun.errors import ConfigError, Problem
 from ftrun.worker import encode, pack, store
-from ftrun.worker.encode import Encoded, RowEncoder
+from ftrun.worker.encode import Encoded, EncodedRow, RowEncoder
 from ftrun.worker.store import Report
 
 if TYPE_CHECKING:
@@ -165,9 +165,10 @@ class Stream(IterableDataset[dict[str, Any]]):
             workers: How many data workers this process has.
         """
         count = max(1, workers)
-        fresh = [{"shard": self.rank * count + number, "position": asdict(Position())} for number in range(count)]
+        shards = range(self.rank * count, (self.rank + 1) * count)
+        fresh: list[dict[str, Any]] = [{"shard": shard, "position": asdict(Position())} for shard in shards]
         order = self.begins or fresh
-        current = [self._used.get(begin["shard"], begin) for begin in order]
+        current: list[dict[str, Any]] = [self._used.get(begin["shard"], begin) for begin in order]
         turn = self._batches % count
         return current[turn:] + current[:turn]
 
@@ -195,7 +196,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         items, bad = encode.understood(rows, self.cfg.stage.rows)
         found = [kept for one in (*bad, *self.encoder.encode(items)) if (kept := report.take(one))]
         store.judge(report, self.cfg.data, f"rows {number * len(rows) + 1} and on")
-        sequences: Any = _InMemory([sequence for row in found for sequence in row.sequences], weighted=report.weighted)
+        store.refuse_packing(report, self.cfg)
+        sequences: Any = _InMemory(found, weighted=report.weighted)
         if self.cfg.data.packing is not Packing.none:
             apart = self.cfg.data.packing is Packing.best_fit
             how: Callable[[Numbers, int], pack.Bins] = pack.best_fit if apart else pack.concatenate
@@ -209,13 +211,17 @@ class Stream(IterableDataset[dict[str, Any]]):
 class _InMemory:
     """A few sequences, as a dataset."""
 
-    def __init__(self, rows: list[Encoded], *, weighted: bool) -> None:
-        self.rows, self.weighted = rows, weighted
-        self.lengths = np.array([len(row.ids) for row in rows], np.int32)
+    def __init__(self, rows: list[EncodedRow], *, weighted: bool) -> None:
+        self.rows: list[tuple[Encoded, EncodedRow]] = [(each, row) for row in rows for each in row.sequences]
+        self.weighted = weighted
+        self.lengths = np.array([len(each.ids) + row.grown for each, row in self.rows], np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return encode.arrays(row.ids, row.spans, row.weights if self.weighted else None, row.labels)
+        each, row = self.rows[index]
+        found: dict[str, Any] = dict(
+            encode.arrays(each.ids, each.spans, each.weights if self.weighted else None, each.labels)
+        )
+        return found | ({"media": row.media, "place": row.row.place} if row.media else {})

@@ -39,6 +39,7 @@ from ftrun.worker.batches import (
     shares_sequences,
     with_places,
 )
+from ftrun.worker.media import processor
 from ftrun.worker.stream import Stream
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Run:
         self.rows = rows
         self.tokenizer = tokenizer
         self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.media = processor.of(tokenizer)
+        """The processor of the model, if that takes more than text."""
+
         self.folder = cfg.folder
         self.name = self.folder.name
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -99,7 +103,7 @@ class Run:
 
     def batches(self, count: int) -> list[Batch]:
         """Return the first ``count`` batches of the training rows, in file order, on the CPU; of pairs, the chosen."""
-        collate = sequence_collator(self.cfg, self.pad_id)
+        collate = sequence_collator(self.cfg, self.pad_id, self.media)
         found = [collate([row.get("chosen", row) for row in rows]) for rows in islice(self._first_rows(), count)]
         return [model_inputs(batch) | {"labels": batch["labels"]} for batch in found]
 
@@ -208,7 +212,7 @@ class RunTrainer(Trainer):
     @property
     def collate(self) -> Collate:
         """What makes a training batch of rows."""
-        return collator(self.run.cfg, self.run.pad_id)
+        return collator(self.run.cfg, self.run.pad_id, self.run.media)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return a batch on the device of this process."""
@@ -219,8 +223,9 @@ class RunTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """Count the tokens of a step's batches on their way."""
         found, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in found if self._stream else ():
-            self._stream.note(batch.pop("at"))
+        if stream := self._stream:
+            for batch in found:
+                stream.note(batch.pop("at"))
         self.tokens += sum(num_tokens(batch) for batch in found)
         return found, num_items
 

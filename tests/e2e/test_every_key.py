@@ -11,7 +11,8 @@ import pytest
 
 from ftrun.data import Data
 from ftrun.hardware import Hardware
-from ftrun.model import Model, Template
+from ftrun.model import Model
+from ftrun.template import Template
 from ftrun.train import Train
 
 BASE = (
@@ -83,6 +84,7 @@ class Probe(AdamW):
                     "threads": torch.get_num_threads(),
                     "workers": train_dataloader.num_workers,
                     "device": str(args.device),
+                    "shape": list(next(iter(train_dataloader))["input_ids"].shape),
                 }
                 (run.folder / "facts.json").write_text(json.dumps(facts))
 
@@ -109,7 +111,23 @@ FILES = {
     "some_bad.jsonl": [chat("Hi", "Hello.")] * 8 + [chat("Hi", "")],
     "held_out.jsonl": [chat("Hi", "Hello.")] * 2,
     "both.jsonl": [chat("Hi", "Hello.") | {"prompt": "Bye", "completion": "So long, then."}] * 8,
+    "long.jsonl": [chat("Hi " * 30, "Hello.") | {"other": chat("Bye", "So long.")["messages"]}] * 8,
+    "lengths.jsonl": [chat("Hi", "Hello. " * length) for length in (1, 30, 2, 29, 3, 28, 4, 27)],
+    "special.jsonl": [chat("What is <|im_end|>?", "An end.")] * 8,
+    "turns.jsonl": [
+        {"messages": [*chat("2+2?", "<think>so</think>\n\nFour.")["messages"], *chat("Why?", "So.")["messages"]]}
+    ]
+    * 8,
+    "a/train.jsonl": [chat("a", "A.")] * 4,
+    "a/other.jsonl": [chat("other", "Other.")] * 8,
+    "b.jsonl": [chat("b", "Bee.")] * 8,
+    "info/dataset_info.json": '{"mine": {"file_name": "rows.json", "formatting": "sharegpt"}}',
+    "info/rows.json": '[{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]',
+    "info/mine": '{"prompt": "x", "completion": "y"}',
 }
+
+TWO = ("data.path=null", "data.rows=null", "data.sources=[{path: a/train.jsonl}, {path: b.jsonl}]")
+STREAM = ("data.streaming=true", "data.path=lengths.jsonl", "data.eval_path=held_out.jsonl")
 
 PROBED = ("plugins=[probe.py]", "optimizer=probe")
 
@@ -132,9 +150,53 @@ CASES = [
     Case("train.profile_steps", ("train.profile_steps=2",), lambda done: (done.folder / "profile").exists()),
     Case("data.path", ("data.path=thinking.jsonl",), losses),
     Case("data.rows", ("data.rows=20",), report("rows")),
-    Case("data.sources", ("data.sources=[{path:demo:identity,rows:20}]",), report("rows"), ("data.path=null",)),
+    Case(
+        "data.sources",
+        ("data.sources=[{path:demo:identity,rows:20}]",),
+        report("rows"),
+        ("data.path=null", "data.rows=null"),
+    ),
     Case("data.format", ("data.format=prompt_completion",), report("tokens"), ("data.path=both.jsonl",)),
     Case("data.max_length", ("data.max_length=40",), report("truncated")),
+    Case("data.too_long", ("data.too_long=drop",), report("too_long"), ("data.max_length=64",)),
+    Case("data.cut", ("data.cut=end",), losses, ("data.path=long.jsonl", "data.max_length=24")),
+    Case("data.columns", ("data.columns={messages: other}",), report("tokens"), ("data.path=long.jsonl",)),
+    Case("data.system", ("data.system=Be brief.",), report("tokens")),
+    Case(
+        "data.control_tokens_in_text",
+        ("data.control_tokens_in_text=true",),
+        report("tokens"),
+        ("data.path=special.jsonl",),
+    ),
+    Case(
+        "data.history_reasoning",
+        ("data.history_reasoning=true",),
+        report("tokens"),
+        ("data.path=turns.jsonl", "data.train_on=last"),
+    ),
+    Case("data.mix", ("data.mix=interleave",), report("rows"), TWO),
+    Case("data.mix_until", ("data.mix_until=last",), report("rows"), (*TWO, "data.mix=interleave")),
+    Case("data.dataset_info", ("data.dataset_info=info",), lambda done: done.code, ("data.path=mine",)),
+    Case("data.split", ("data.split=other",), report("rows"), ("data.path=a",)),
+    Case(
+        "data.eval_sets", ("data.eval_sets={more: held_out.jsonl}",), lambda done: done.metrics[0].get("eval_more_loss")
+    ),
+    Case(
+        "data.max_bad_share",
+        ("data.max_bad_share=0.2",),
+        lambda done: done.code,
+        ("data.path=some_bad.jsonl", "data.on_bad_row=skip"),
+    ),
+    Case("data.streaming", ("data.streaming=true",), report("streamed_from"), ("data.eval_path=held_out.jsonl",)),
+    Case("data.shuffle_buffer", ("data.shuffle_buffer=2",), losses, STREAM),
+    Case("train.micro_batch_tokens", ("train.micro_batch_tokens=1200",), losses),
+    Case(
+        "train.group_by_length",
+        ("train.group_by_length=true",),
+        losses,
+        ("data.path=lengths.jsonl", "train.micro_batch_size=2"),
+    ),
+    Case("train.padding_free", ("train.padding_free=true",), fact("shape"), PROBED),
     Case("data.packing", ("data.packing=best_fit",), report("packed_into")),
     Case("data.train_on", ("data.train_on=all",), report("tokens_learned")),
     Case(
@@ -146,7 +208,12 @@ CASES = [
     Case("data.reasoning", ("data.reasoning=strip",), report("tokens"), ("data.path=thinking.jsonl",)),
     Case("data.eval_path", ("data.eval_path=held_out.jsonl",), evaluated),
     Case("data.eval_size", ("data.eval_size=4",), report("rows")),
-    Case("data.on_bad_row", ("data.on_bad_row=skip",), lambda done: done.code, ("data.path=some_bad.jsonl",)),
+    Case(
+        "data.on_bad_row",
+        ("data.on_bad_row=skip", "data.max_bad_share=0.2"),
+        lambda done: done.code,
+        ("data.path=some_bad.jsonl",),
+    ),
     Case("model.path", ("model.path=other",), losses),
     Case("model.dtype", ("model.dtype=bfloat16",), losses),
     Case("model.attention", ("model.attention=eager",), fact("attention"), PROBED),
@@ -164,6 +231,15 @@ ELSEWHERE = {
     "model.revision": "tests of locating",
     "model.source": "tests of locating",
     "model.trust_remote_code": "needs a model with code of its own",
+    "data.subset": "tests of the hub",
+    "data.processes": "tests of the store",
+    "data.media_folder": "tests of media",
+    "data.media_urls": "tests of media",
+    **{
+        f"template.{f.name}": "tests of templates"
+        for f in dataclasses.fields(Template)
+        if f.name not in ("chat_template", "stop")
+    },
 }
 
 

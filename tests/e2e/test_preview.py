@@ -325,6 +325,36 @@ def test_the_page_is_whole_escaped_and_reads_nothing_from_elsewhere(ask, write, 
     assert "prefers-color-scheme: dark" in page
 
 
+# the pieces that are shown
+
+
+def test_pieces_make_up_the_text_and_hold_whole_characters():
+    from ftrun.worker.preview import spans_of_text
+
+    text = "Löwen 🦁 漢字 <|im_end|>\n\tend"
+    tokens = ids(text)
+    found = list(spans_of_text(tokens, tokenizer().decode))
+    assert "".join(piece for *_, piece in found) == text
+    assert [start for start, *_ in found] == [0, *(end for _, end, _ in found[:-1])]
+    assert found[-1][1] == len(tokens)
+    assert not any("\ufffd" in piece for *_, piece in found)
+    assert len(found) < len(tokens), "the lion takes several tokens"
+
+
+def test_bars_are_few_round_and_hold_every_row():
+    from ftrun.preview import bars
+    from ftrun.worker.preview import histogram
+
+    for lengths in ([5], [244, 250, 252, 252], [1, 1000], list(range(3000, 4100))):
+        found = histogram(lengths)
+        shown = list(bars(found))
+        assert len(shown) <= 12
+        assert sum(count for _, count in shown) == len(lengths)
+        for label, count in shown:
+            first, _, last = label.partition("-")
+            assert count == sum(int(first) <= length <= int(last or first) for length in lengths)
+
+
 # what goes wrong
 
 

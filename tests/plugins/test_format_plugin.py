@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from ftrun import options, plugin
+from ftrun.conformance import FormatSuite
 from ftrun.data import formats
 from ftrun.data.rows import BadRow, Row
 from ftrun.errors import ConfigError
@@ -161,6 +164,55 @@ def test_an_installed_package_may_have_one(tmp_path, monkeypatch):
         plugin.load_file(own(tmp_path, "row", name="shipped"))
     monkeypatch.undo()
     del plugin._registered["format", "shipped"]
+
+
+class TestQuiz(FormatSuite):
+    """The example of the documentation, as an installed package has it."""
+
+    option = "quiz"
+    rows = (
+        {"question": "Which is a fruit?", "choices": ["A stone", "An apple"], "right": 1},
+        {"question": "1+1?", "choices": ["2", "3"], "right": 0},
+    )
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        site = tmp_path / "site"
+        (site / "ftrun_plugins" / "format").mkdir(parents=True)
+        (site / "ftrun_plugins" / "format" / "quiz.py").write_text(QUIZ)
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        yield
+        plugin._registered.pop(("format", "quiz"), None)
+        sys.modules.pop("ftrun_plugins.format.quiz", None)
+
+
+SPOILT = {
+    "changes its row": (
+        "test_the_row_itself_is_left_as_it_was",
+        'row.pop("q") and {"prompt": "a", "completion": "b"}',
+        AssertionError,
+    ),
+    "reads any row": (
+        "test_a_row_of_other_columns_is_a_bad_one",
+        '{"prompt": "a", "completion": "b"}',
+        pytest.fail.Exception,
+    ),
+    "makes rows that are not read": ("test_what_it_makes_of_a_row_is_read", '{"q": row["q"]}', BadRow),
+    "has no rows": ("test_what_it_makes_of_a_row_is_read", "row", pytest.skip.Exception),
+}
+
+
+@pytest.mark.parametrize(("test", "converted", "error"), SPOILT.values(), ids=SPOILT)
+def test_the_suite_sees_what_a_format_does_wrong(tmp_path, test, converted, error):
+    plugin.load_file(own(tmp_path, converted))
+
+    class Suite(FormatSuite):
+        option = "own"
+        rows = () if error is pytest.skip.Exception else ({"q": "Hi"},)
+
+    with pytest.raises(error):
+        getattr(Suite(), test)()
 
 
 def test_a_run_on_such_rows(ftrun, tmp_path):

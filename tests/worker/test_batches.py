@@ -14,9 +14,9 @@ import torch
 
 from ftrun import record
 from ftrun.data import Data, Packing
+from ftrun.data.tokens import IGNORED
 from ftrun.train import Train
 from ftrun.worker import batches
-from ftrun.worker.batches import IGNORED
 from ftrun.worker.sampling import Budget, EpochBatches, in_file_order
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ftrun.data.tokens import IGNORED
 from ftrun.worker import batches, causal, pack
-from ftrun.worker.batches import IGNORED
 
 
 def row_of(size: int) -> Any:

@@ -11,10 +11,19 @@ import pytest
 from ftrun.data import Data, Packing, TooLong, TrainOn
 from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Row
+from ftrun.data.tokens import IGNORED
 from ftrun.template import Template
 from ftrun.worker import builtin, encode
-from ftrun.worker.batches import IGNORED
-from ftrun.worker.encode import Encoded, EncodedRow, RowEncoder, TooLongRow, cut, share
+from ftrun.worker.encode import (
+    Encoded,
+    EncodedRow,
+    RowEncoder,
+    TooLongRow,
+    cut,
+    cut_each_at_its_end,
+    cut_turns,
+    share,
+)
 
 TOKENIZER: Any = builtin.tokenizer()
 
@@ -103,7 +112,11 @@ def test_a_row_that_is_tokenised_already_is_taken_as_it_is():
 
 
 def test_weights_stand_at_their_messages():
-    messages = [*CHAT["messages"], {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So.", "weight": 0.5}]
+    messages = [
+        *CHAT["messages"],
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "So.", "weight": 0.5},
+    ]
     (found,) = arrays(encoded({"messages": messages}))
     first, second = ids_of("Fair winds!<|im_end|>"), ids_of("So.<|im_end|>")
     learned = found["weights"][found["labels"] != IGNORED].tolist()
@@ -111,7 +124,9 @@ def test_weights_stand_at_their_messages():
 
 
 def test_an_end_that_a_template_writes_once_is_learned_after_every_reply():
-    template = Template(user="U:{content}|", generation="A:", assistant="{content}", single_eos=True, system="{content}")
+    template = Template(
+        user="U:{content}|", generation="A:", assistant="{content}", single_eos=True, system="{content}"
+    )
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     row = Row({"messages": [{"role": role, "content": text} for role, text in turns]}, "f", 1)
     (one,) = encoder(template=template).encode(understand(row, "conversations"))
@@ -186,6 +201,30 @@ def test_no_cut_ever_leaves_a_row_without_its_reply(prompt, reply):
         (short,) = cut([sequence(("p", prompt), ("r", reply), ("p", 3), ("r", 3))], limit)
         assert len(short.ids) <= limit
         assert short.learned >= 1
+
+
+def test_at_the_end_of_each_turn_as_llama_factory_cuts():
+    """Worked out by its rule: a turn that does not fit shares what room is left, and the next finds none."""
+    turns = sequence(("p", 10), ("r", 10), ("p", 40), ("r", 40), ("p", 5), ("r", 5))
+    short = cut_turns(turns, 60, last_first=False)
+    assert short.ids == [*range(20), *range(20, 40), *range(60, 80)]
+    assert short.spans == [0 + 10, 20, 40, 60]
+    last = cut_turns(turns, 60, last_first=True)
+    assert last.ids == [*range(20, 45), *range(60, 85), *range(100, 110)]
+    chosen, rejected = cut_each_at_its_end([sequence(("p", 100), ("r", 10)), sequence(("p", 100), ("r", 20))], 50)
+    assert chosen.ids[:30] == rejected.ids[:30] == list(range(30))
+    assert (chosen.spans, rejected.spans) == ([30, 40], [30, 50])
+    history = sequence(("p", 40), ("x", 40), ("p", 20), ("r", 10))
+    assert cut_each_at_its_end([history], 50)[0].ids == [*range(40), *range(100, 110)]
+
+
+def test_a_reply_of_several_parts_is_one_reply():
+    out = Encoded([])
+    for length, reply in ((5, False), (3, True), (1, True), (2, True)):
+        start = len(out.ids)
+        out.ids += range(start, start + length)
+        encode._learn(out, start, float(reply), reply=reply)
+    assert (out.replies, out.spans) == ([(5, 11)], [5, 11])
 
 
 LONG = {"prompt": "Hi " * 100, "completion": "Ho " * 100}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from ftrun.data.tokens import IGNORED
 from ftrun.worker import builtin, pack
-from ftrun.worker.batches import IGNORED
 
 
 class InMemory:

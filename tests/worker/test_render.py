@@ -28,6 +28,8 @@ THINKING = [
     {"role": "assistant", "content": "<think>\nhard\n</think>\n\n6"},
 ]
 
+PLAIN = [THINKING[0], {"role": "assistant", "content": "4"}]
+
 # Replies of earlier turns lose their thinking, and a reply without any gets an empty block: as Qwen3's template does.
 REWRITES = """{%- for m in messages -%}
 <|im_start|>{{ m.role }}
@@ -152,15 +154,17 @@ def test_a_template_that_rewrites_history_gives_a_sequence_to_each_reply():
 
 
 def test_where_no_mask_can_be_right_there_is_an_error_and_no_guess():
-    mismatched = REWRITES.replace("<|im_start|>assistant\n{% if enable", "<|im_start|>assistant\n<think>\n!{% if enable")
+    mismatched = REWRITES.replace(
+        "<|im_start|>assistant\n{% if enable", "<|im_start|>assistant\n<think>\n!{% if enable"
+    )
     with pytest.raises(BadRow, match="in another way than it asks for one"):
         renderer(mismatched).sequences(conversation(THINKING[:2]))
     with pytest.raises(BadRow, match="rewrites earlier turns"):
         renderer(REWRITES, train_on=TrainOn.all).sequences(conversation(THINKING))
     with pytest.raises(BadRow, match="the chat template refuses it: no tools here"):
         renderer("{{ raise_exception('no tools here') }}").sequences(conversation(TWO_TURNS))
+    once = MARKS.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
     with pytest.raises(BadRow, match="marks 1 replies in a conversation of 2"):
-        once = MARKS.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
         renderer(once).sequences(conversation(TWO_TURNS))
 
 
@@ -170,8 +174,16 @@ def test_where_no_mask_can_be_right_there_is_an_error_and_no_guess():
         (Reasoning.keep, THINKING[:2], "[<think>\neasy\n</think>\n\n4<|im_end|>]\n"),
         (Reasoning.strip, THINKING[:2], "<think>\n\n</think>\n\n[4<|im_end|>]\n"),
         (Reasoning.empty, THINKING[:2], "[<think>\neasy\n</think>\n\n4<|im_end|>]\n"),
-        (Reasoning.empty, [THINKING[0], {"role": "assistant", "content": "4"}], "<think>\n\n</think>\n\n[4<|im_end|>]\n"),
-        (Reasoning.keep, [THINKING[0], {"role": "assistant", "content": "4"}], "[<think>\n\n</think>\n\n4<|im_end|>]\n"),
+        (
+            Reasoning.empty,
+            [THINKING[0], {"role": "assistant", "content": "4"}],
+            "<think>\n\n</think>\n\n[4<|im_end|>]\n",
+        ),
+        (
+            Reasoning.keep,
+            [THINKING[0], {"role": "assistant", "content": "4"}],
+            "[<think>\n\n</think>\n\n4<|im_end|>]\n",
+        ),
     ],
 )
 def test_thinking_is_kept_stripped_or_empty(reasoning, messages, text):
@@ -232,3 +244,20 @@ def test_the_prompt_is_what_inference_is_given():
         (parts,) = found.sequences(conversation(TWO_TURNS[:3]))
         before = [part.text for part in parts if not part.weight and part.text != "\n"]
         assert "".join(found.prompt(TWO_TURNS[:2], Row({}, "f", 1))) == "".join(before)
+
+
+DATES = (
+    "{%- if strftime_now is defined -%}{{ strftime_now('%d %B %Y') }}|{{ strftime_now( \"%Y-%m-%d\" ) }}{%- endif -%}"
+)
+
+
+def test_a_template_that_writes_the_date_writes_the_runs(monkeypatch):
+    """So a run that goes on tomorrow still has the rows that it had."""
+    found = renderer(DATES + "{% for m in messages %}{{ m.content }}{% endfor %}", Template(date="2024-02-29"))
+    assert "".join(found.prompt(TWO_TURNS[1:2], Row({}, "f", 1))) == "29 February 2024|2024-02-29Hi"
+
+
+def test_a_tokenizer_may_have_a_template_for_tools():
+    found = renderer()
+    found.tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+    assert [found.own_template(None), found.own_template([{"name": "f"}])] == ["plain", "tools"]

@@ -1,4 +1,4 @@
-"""Streaming: every row once a pass, in an order of its own, shared among processes and workers, and exactly resumable."""
+"""Streaming: every row once a pass, in an order of its own, shared among processes and workers, resumed exactly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_a_pass_has_every_row_once_in_an_order_of_its_own(write):
 def test_processes_share_the_rows(world_size, write):
     write("rows.jsonl", rows(120))
     words = ("data.path=rows.jsonl", "data.shuffle_buffer=10")
-    shares = [taken(iter(stream(*words, rank=rank, world_size=world_size)), 120 // world_size) for rank in range(world_size)]
+    shares = [
+        taken(iter(stream(*words, rank=rank, world_size=world_size)), 120 // world_size) for rank in range(world_size)
+    ]
     assert sorted(itertools.chain(*shares)) == sorted(f"q{n}" for n in range(120))
 
 
@@ -119,7 +121,7 @@ def batches(made: Stream, workers: int, count: int) -> Iterator[tuple[Any, list[
 
 def test_bad_rows_are_an_error_or_counted(write):
     write("rows.jsonl", [*rows(5), {"prompt": "q5", "completion": ""}])
-    with pytest.raises(ConfigError, match="rows.jsonl:6"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:6"):
         taken(iter(stream("data.path=rows.jsonl", "data.shuffle_buffer=6")), 6)
     skipping = ("data.path=rows.jsonl", "data.shuffle_buffer=6", "data.on_bad_row=skip", "data.max_bad_share=0.2")
     assert len({*taken(iter(stream(*skipping)), 5)}) == 5

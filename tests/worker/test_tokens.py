@@ -15,16 +15,14 @@ from ftrun.worker.tokens import TextEncoder, WordEncoder
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|[ ]?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
     "It's 12345 o'clock, isn't IT'S?\r\n\r\n  The   end .\t\n",
     "def f(x):\n    return {'a': [1, 2,  3]}  # comment\n\n\n",
     " leading and trailing  ",
     "\x00\x01\x1c\x1f control \x7f characters \x0b\x0c",
-    "naïve café — “quoted” 你好，世界 \u0130stanbul e\u0301 \ufb01 🙂",
+    "naïve café — “quoted” 你好世界 \u0130stanbul e\u0301 \ufb01 🙂",
     "",
 ]
 
@@ -37,7 +35,9 @@ def byte_level(pattern: str | None, *, normalizer: Any = None) -> PreTrainedToke
     core.pre_tokenizer = pre_tokenizers.Sequence([*split, last]) if split else last
     core.normalizer = normalizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator([*TEXTS, "the quick brown fox is 1000 times quicker"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", bos_token="<|im_start|>")
 
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_is_not_understood_is_asked_itself():
 
 def test_a_pattern_that_means_something_else_here_is_noticed(monkeypatch):
     tokenizer = byte_level(LLAMA3)  # which has tokens of several digits
-    monkeypatch.setattr("ftrun.worker.tokens._pattern", lambda state: QWEN)
+    monkeypatch.setattr("ftrun.worker.tokens._pattern", lambda _: QWEN)
     assert WordEncoder.of(tokenizer.backend_tokenizer) is None
 
 

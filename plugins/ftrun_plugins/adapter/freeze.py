@@ -47,7 +47,13 @@ class Freeze(Adapter):
         Raises:
             ConfigError: ``modules`` or ``extra`` names nothing in this model, or it has fewer layers.
         """
-        located = {name: _LAYER.search(f".{name}") for name, _ in model.named_parameters(remove_duplicate=False)}
+        from ftrun.worker.media import encoders
+
+        of_media = encoders.parameters(model)
+        located = {
+            name: None if name in of_media else _LAYER.search(f".{name}")
+            for name, _ in model.named_parameters(remove_duplicate=False)
+        }
         count = 1 + max(int(match[1]) for match in located.values() if match)
         self._check_names(
             {match[2] for match in located.values() if match}, {n for n, m in located.items() if not m}, count

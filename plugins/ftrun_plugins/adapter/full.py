@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 @register
 @dataclass(kw_only=True)
 class Full(Adapter):
-    """Train every weight."""
+    """Train every weight; of a multimodal model, every weight of its language model."""
 
     trains_base_weights: ClassVar[bool] = True
     name: str = "full"
 
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
-        """Return the model as it is, everything trainable."""
-        return model.requires_grad_(True)
+        """Return the model, everything trainable; of a multimodal one, its language model."""
+        from ftrun.worker.media import encoders
+
+        model.requires_grad_(True)
+        for weight in encoders.parameters(model).values():
+            weight.requires_grad_(False)
+        return model

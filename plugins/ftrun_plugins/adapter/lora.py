@@ -61,7 +61,8 @@ class LoRA(Adapter):
     """Share of the update's inputs that is zeroed in training."""
 
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """The linear layers that get an update: names (``[q_proj,v_proj]``), or all but the head."""
+    """The linear layers that get an update: names (``[q_proj,v_proj]``), or all but the head. Of a multimodal model,
+    those of its language model."""
 
     exclude: list[str] = field(default_factory=list)
     """Layers to leave alone among the targets."""
@@ -114,8 +115,12 @@ class LoRA(Adapter):
         """
         from peft import get_peft_model
 
+        from ftrun.worker.media import encoders
+
         self._check_names(model)
         config = self._config()
+        if of_media := encoders.linear_layers(model):
+            config.exclude_modules = [*self.exclude, *of_media]
         if self.init is Init.lora_ga:
             if self.targets == ["all-linear"]:  # which only get_peft_model understands
                 config.target_modules = _linear_layers(model)
@@ -198,8 +203,11 @@ def _linear_layers(model: nn.Module) -> set[str]:
     """Return the names of the linear layers that peft calls all-linear: all but the output head."""
     from torch import nn
 
+    from ftrun.worker.media import encoders
+
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return linear - set(encoders.linear_layers(model))
 
 
 def _start_folder(run: Run) -> Path:
