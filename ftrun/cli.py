@@ -6,6 +6,7 @@ A word with a ``=`` is an override of the config tree; a first word without one 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ftrun
-from ftrun.errors import ConfigError, FtrunError
+from ftrun.errors import ConfigError, FtrunError, Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal does not have ends no run
+            stream.reconfigure(errors="replace")
     try:
         try:
+            _check_here()
             code = _dispatch(words)
         except SystemExit:  # argparse has printed a command's own help
             code = 0
-        sys.stdout.flush()  # here, not when the interpreter ends: a reader that is gone is no error
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()  # here, not when the interpreter ends: a reader that is gone is no error
         return code
     except FtrunError as error:
         _show_error(error)
@@ -40,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ftrun list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+
+
+def _check_here() -> None:
+    """Refuse to work in a folder that has been deleted: no path means anything there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError([Problem("the working folder", "has been deleted", "cd to another")]) from None
 
 
 def _dispatch(words: list[str]) -> int:
@@ -214,8 +228,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise instead of exiting."""
-        from ftrun.errors import Problem
-
         raise ConfigError([Problem(self.prog, message, f"`{self.prog} --help`")])
 
 

@@ -33,12 +33,21 @@ complete -o default -F _ftrun ftrun
 _ftrun() {
     local -a found
     found=("${(@f)$(ftrun __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    compadd -S '' -- $found
+    if [[ -n "$found" ]]; then
+        compadd -S '' -- $found
+    else
+        compset -P '*='
+        _files
+    fi
 }
 compdef _ftrun ftrun
 # to install: ftrun completion zsh > a file in a folder of $fpath, named _ftrun""",
     "fish": """\
-complete -c ftrun -f -a '(ftrun __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+function __ftrun_words
+    ftrun __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null
+end
+complete -c ftrun -f -a '(__ftrun_words)'
+complete -c ftrun -n 'not __ftrun_words | string length -q' -F
 # to install: ftrun completion fish > ~/.config/fish/completions/ftrun.fish""",
 }
 
@@ -87,7 +96,11 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
 
 def _words(before: Sequence[str], last: str) -> Iterator[str]:
     key, equals, _ = last.partition("=")
-    if equals and key in options.GROUPS:
+    if last.startswith("-"):
+        yield from (*options.FLAGS, "-h", "-m")
+    elif key == "sweep" and ("-m" in before or "--multirun" in before):
+        yield from (f"sweep={name}" for name in options.sweeps())
+    elif equals and key in options.GROUPS:
         yield from (f"{key}={name}" for name in options.names(key))
     elif equals:
         yield from (f"{key}={value}" for value in _values(before, key))
@@ -97,6 +110,8 @@ def _words(before: Sequence[str], last: str) -> Iterator[str]:
         yield from (f"{group}=" for group in options.GROUPS)
         yield from (f"{group}." for group in options.GROUPS if group not in options.OPTIONAL_GROUPS)
         yield from ("seed=", "objective=", "objective_mode=", "output_dir=", "plugins=")
+        if "-m" in before or "--multirun" in before:
+            yield "sweep="
 
 
 def _schema(before: Sequence[str], group: str) -> type | None:

@@ -202,6 +202,7 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
     known = sorted(_leaves(base))
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]
+    same_name += [other for other in known if other == key.lower()]
     near = list(dict.fromkeys([*same_name, *difflib.get_close_matches(key, known, n=3, cutoff=0.6)]))[:3]
     near += difflib.get_close_matches(key, options.GROUPS, n=1, cutoff=0.6) if "." not in key else []
     chosen = f" of {group}={base[group].name}" if group in plugin.GROUPS and group != "tracker" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ console = _Console(highlight=False)
 errors = _Console(stderr=True, highlight=False)
 """Where problems go."""
 
+
+def clean(text: str) -> str:
+    """Return a text of foreign origin in one line that can do nothing to a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+
+
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second")
 
 
@@ -33,10 +40,13 @@ class Display:
         self.folder = folder
         self._total = 0
         self._first: tuple[float, int] | None = None
+        # A dumb terminal can draw no bar, so it gets the lines that a file gets.
+        self._animated = console.is_terminal and not console.is_dumb_terminal
+        bar = [BarColumn(bar_width=None)] if console.width >= 80 else []
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            *bar,
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -47,12 +57,12 @@ class Display:
 
     def __enter__(self) -> Display:
         self._line(f"[dim]run folder[/] {escape(near(self.folder))}")
-        if console.is_terminal:
+        if self._animated:
             self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if console.is_terminal:
+        if self._animated:
             self._bar.stop()
 
     def show(self, event: dict[str, Any]) -> None:
@@ -68,7 +78,7 @@ class Display:
 
     def _show_phase(self, text: str) -> None:
         self._bar.update(self._task, description=text)
-        if not console.is_terminal:
+        if not self._animated:
             self._line(f"[dim]{escape(text)}[/]")
 
     def _show_note(self, text: str) -> None:
@@ -90,7 +100,7 @@ class Display:
                 f"{name} {_number(value)}" for name, value in values.items() if name.startswith("eval_")
             )
             self._line(f"[bold]evaluation after step {step}[/]  {numbers}")
-        elif console.is_terminal:
+        elif self._animated:
             speed = values.get("tokens_per_second")
             numbers = f"loss {_number(values['loss'])}" + (f"  {_number(speed)} tokens/s" if speed else "")
             self._bar.update(self._task, numbers=numbers)
@@ -107,12 +117,15 @@ class Display:
 
     def _show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
-            self._line(f"  [cyan]{escape(sample['prompt'])}[/]")
-            self._line(f"    {escape(' '.join(sample['reply'].split()))}")
+            self._line(f"  [cyan]{escape(clean(sample['prompt']))}[/]")
+            self._line(f"    {escape(clean(sample['reply']))}")
 
     @staticmethod
     def _line(text: str) -> None:
-        console.print(text, soft_wrap=True)
+        try:
+            console.print(text, soft_wrap=True)
+        except BrokenPipeError:  # who was reading is gone; the run is not theirs alone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _number(value: float) -> str:

@@ -20,11 +20,19 @@ VARIABLE = "FTRUN_EVENTS"
 """Environment variable by which a worker finds its driver's socket."""
 
 
+def socket_parent() -> str | None:
+    """Return the folder to make a socket's folder in: None for the usual one, if its path leaves room for a name.
+
+    The kernel takes no more than 108 bytes for a Unix socket's path, and a cluster's $TMPDIR may be as long by itself.
+    """
+    return None if len(os.fsencode(tempfile.gettempdir())) <= 64 else "/tmp"  # noqa: S108 (mkdtemp names what is in it)
+
+
 class Receiver:
     """The driver's end."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="ftrun-")
+        self._folder = tempfile.mkdtemp(prefix="ftrun-", dir=socket_parent())
         self.address = str(Path(self._folder) / "events")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.address)

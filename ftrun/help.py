@@ -96,7 +96,7 @@ def _show_keys(overrides: Sequence[str]) -> None:
         value = getattr(cfg, f.name)
         if f.name == "tracker":
             for name, tracker in value.items():
-                _show_node(f"tracker.{name}", tracker)
+                _show_node(f"tracker.{name}", tracker, title=f"tracker={name}")
         elif dataclasses.is_dataclass(value):
             _show_node(f.name, value)
     top = {
@@ -108,8 +108,8 @@ def _show_keys(overrides: Sequence[str]) -> None:
     console.print(Padding(_key_table(config.Config, top, cfg, ""), (0, 0, 1, 2)))
 
 
-def _show_node(prefix: str, node: Any) -> None:
-    title = f"{prefix}={node.name}" if isinstance(node, plugin.Plugin) else prefix
+def _show_node(prefix: str, node: Any, title: str = "") -> None:
+    title = title or (f"{prefix}={node.name}" if isinstance(node, plugin.Plugin) else prefix)
     console.print(f"[bold]{title}[/]  {escape(fields.summary(type(node).__doc__))}")
     shown = {f.name: f for f in dataclasses.fields(node) if f.name not in ("name", "sizes")}
     if shown:
@@ -118,15 +118,22 @@ def _show_node(prefix: str, node: Any) -> None:
 
 def _key_table(cls: type, shown: dict[str, dataclasses.Field[Any]], node: Any, prefix: str) -> Table:
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_column(overflow="fold")
     docs, hints = fields.docs(cls), typing.get_type_hints(cls)
     for name, f in shown.items():
         value = text_of(getattr(node, name))
         kind = type_text(hints[name])
         bounds = f" {fields.range_text(f)}" if fields.range_text(f) else ""
-        table.add_row(
-            f"[cyan]{prefix}{name}[/]", escape(value), f"{escape(docs.get(name, ''))} [dim]({escape(kind + bounds)})[/]"
-        )
+        about = escape(_line(docs.get(name, "")))
+        table.add_row(f"[cyan]{prefix}{name}[/]", escape(value), f"{about} [dim]({escape(kind + bounds)})[/]")
     return table
+
+
+def _line(text: str) -> str:
+    """Return a docstring as one paragraph, which the terminal wraps."""
+    return " ".join(text.split())
 
 
 def text_of(value: Any) -> str:
@@ -180,6 +187,10 @@ def _listed(what: str | None) -> Iterator[dict[str, Any]]:
             yield {"group": group, "about": about, "options": options.names(group)}
         return
     group, _, option = what.partition("=")
+    if what == "sweep":
+        for name, file in options.sweeps().items():
+            yield {"option": name, "about": options.comment(file)}
+        return
     if group == _FORMAT_KEY:
         yield from _formats(option)
         return
@@ -235,7 +246,7 @@ def keys_of(cls: type[Any], prefix: str) -> Iterator[dict[str, Any]]:
                 "key": f"{prefix}{f.name}",
                 "default": text_of(getattr(node, f.name)),
                 "type": f"{type_text(hints[f.name])} {fields.range_text(f)}".strip(),
-                "about": docs.get(f.name, ""),
+                "about": _line(docs.get(f.name, "")),
             }
 
 

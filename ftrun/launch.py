@@ -6,6 +6,7 @@ This process never imports torch; the workers never see Hydra; between them is o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -27,7 +28,7 @@ from ftrun import config, environment, events, forkserver, hardware, model, reco
 from ftrun.config import Config
 from ftrun.data.check import check as check_rows
 from ftrun.data.sources import make_absolute
-from ftrun.display import Display
+from ftrun.display import Display, near
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.hardware import Device, Hardware
 from ftrun.record import Result, Status
@@ -77,10 +78,13 @@ def resume(folder: Path) -> Result:
             [Problem(str(folder), "holds no run (it has no run.yaml)", "ftrun resume FOLDER; `ftrun runs` lists them")]
         )
     if (folder / record.RESULT).exists():
-        result = Result.load(folder)
+        try:
+            result = Result.load(folder)
+        except (ValueError, KeyError, TypeError) as error:
+            fix = f"delete it: the run goes on from its newest checkpoint ({folder / record.CHECKPOINTS})"
+            raise ConfigError([Problem(str(folder / record.RESULT), f"cannot be read: {error}", fix)]) from None
         if result.status is Status.running and result.holder:
-            message = f"is running: process {result.holder.pid} on {result.holder.host} holds it"
-            raise ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
+            raise _is_held(folder, result.holder)
         if result.status is Status.completed:
             raise ConfigError(
                 [
@@ -94,10 +98,40 @@ def resume(folder: Path) -> Result:
     return start(folder)
 
 
+def _is_held(folder: Path, holder: record.Holder) -> ConfigError:
+    message = f"is running: process {holder.pid} on {holder.host} holds it"
+    return ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
+
+
+def _claim(folder: Path) -> None:
+    """Become the holder of a run's folder: of two processes that want to at once, one does.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with (folder / record.RUN).open("rb") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks, on which two at the same moment are not seen
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        me = record.Holder.me()
+        if (folder / record.RESULT).exists():
+            result = Result.load(folder)
+            if result.status is Status.running and result.holder and result.holder != me:
+                raise _is_held(folder, result.holder)
+        Result(holder=me).save(folder)
+
+
 def _occupied(cfg: Config) -> Iterator[Problem]:
     if cfg.output_dir is None:
         return
+    if not cfg.output_dir.strip():
+        yield Problem("output_dir", "has no value", "output_dir=FOLDER, or leave it out")
+        return
     folder = Path(cfg.output_dir).expanduser()
+    try:
+        folder.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
+        yield Problem("output_dir", f"{_shortened(folder)} cannot be made: {error.args[-1]}", "another folder")
+        return
     if record.is_run(folder):
         yield _is_taken(folder)
     elif folder.is_file():
@@ -106,6 +140,11 @@ def _occupied(cfg: Config) -> Iterator[Problem]:
         yield Problem("output_dir", f"{folder} is not empty", "a new or an empty folder")
     elif above := next((parent for parent in folder.parents if parent.is_file()), None):
         yield Problem("output_dir", f"{folder} cannot be made: {above} is a file", "another folder")
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-40:]}"
 
 
 def _is_taken(folder: Path) -> Problem:
@@ -303,7 +342,11 @@ def start(folder: Path) -> Result:
     """
     result = watch(folder, Display(folder))
     if result.status is Status.failed:
-        raise RunFailed(f"the run in {folder} failed: {result.reason}\n    what it printed is in {folder / record.LOG}")
+        text = f"the run in {near(folder)} failed: {result.reason}"
+        text += f"\n    what it printed is in {near(folder / record.LOG)}"
+        if result.checkpoint:
+            text += f"\n    saved in {result.checkpoint}; to go on: ftrun resume {near(folder)}"
+        raise RunFailed(text)
     return result
 
 
@@ -321,7 +364,7 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
     """
     run_file = folder / record.RUN
     cfg = Config.load(run_file)
-    Result(holder=record.Holder.me()).save(folder)
+    _claim(folder)
     receiver = events.Receiver()
     try:
         with display, _Signals(display) as signals:
@@ -362,6 +405,9 @@ def _how_it_was(folder: Path, code: int, signals: _Signals) -> Result:
         result.holder = None
         result.status = signals.told or Status.failed
         result.reason = "ended at once" if signals.told else _how_it_died(code)
+        last, so_far = record.latest_checkpoint(folder), record.so_far(folder)
+        result.checkpoint = str(last.relative_to(folder)) if last else None
+        result.step, result.metrics = so_far["step"], so_far["metrics"]
         result.save(folder)
     if result.problems:
         raise ConfigError(result.user_problems())
@@ -433,6 +479,8 @@ class _Signals:
         if self.session:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.session, signal.SIGKILL)
+            for pid in self.pids:  # torchrun gives each a session of its own
+                self._send(pid, signal.SIGKILL)
 
     @staticmethod
     def _send(pid: int, number: int) -> None:

@@ -39,6 +39,9 @@ GROUPS = {
 OPTIONAL_GROUPS = ("method", "experiment", "debug")
 """Groups of which nothing is chosen by default; their options set keys of the other groups."""
 
+FLAGS = ("--help", "--version", "--multirun")
+"""What is typed with dashes, besides ``-h`` and ``-m``."""
+
 COMMANDS = ("list", "show", "check", "preview", "prepare", "cache", "runs", "env", "resume", "completion")
 
 

@@ -187,6 +187,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete]
 
 
+def last_values(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last value of each metric."""
+    found: dict[str, float] = {}
+    for line in lines:
+        found |= {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "epoch", "time", "tokens_per_second", "lr")
+        }
+    return found
+
+
+def so_far(folder: Path) -> dict[str, Any]:
+    """Return the ``step`` and the ``metrics`` of a run that has not come to its end, as `Result` has them."""
+    lines = read_lines(folder / METRICS)
+    saved = latest_checkpoint(folder)
+    step = max((int(line["step"]) for line in lines), default=0)
+    return {"step": max(step, step_of(saved) if saved else 0), "metrics": last_values(lines)}
+
+
 def cut_back(folder: Path, step: int) -> None:
     """Drop what was logged after ``step``: the steps from there are about to be done again."""
     for name in (METRICS, SAMPLES):

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftrun import record
-from ftrun.display import console, near
+from ftrun.display import clean, console, near
 from ftrun.record import EXIT_CODES, Result, Status
 
 _COLOURS = {
@@ -94,7 +94,7 @@ def _show_samples(folder: Path) -> None:
         return
     table = Table("prompt", "before", "after", show_lines=True)
     for prompt, reply in after.items():
-        table.add_row(escape(prompt), escape(before.get(prompt, "")), escape(reply))
+        table.add_row(*(escape(clean(text)) for text in (prompt, before.get(prompt, ""), reply)))
     console.print(table)
 
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftrun import forkserver, launch, options, record
+from ftrun import events, forkserver, launch, options, record
 from ftrun.display import console
 from ftrun.errors import ConfigError, Problem, RunFailed, did_you_mean
 from ftrun.record import Result, Status
@@ -91,9 +91,11 @@ def check(words: Sequence[str]) -> list[Job]:
 def grid(words: Sequence[str]) -> Iterator[Job]:
     """Yield every combination of the values that the words give, the last word's changing fastest."""
     axes: list[list[str]] = []
+    if len(sweeps := [word for word in words if word.startswith("sweep=")]) > 1:
+        raise ConfigError([Problem("sweep", f"is typed {len(sweeps)} times", f"one of them: ftrun -m {sweeps[-1]}")])
     fixed = [word for word in words if not _axis(word, axes) and not word.startswith("sweep=")]
     typed = {axis[0].partition("=")[0] for axis in axes} | {word.partition("=")[0] for word in fixed}
-    for word in (word for word in words if word.startswith("sweep=")):
+    for word in sweeps:
         for line in _sweep_file(word.partition("=")[2]):
             if line.partition("=")[0] not in typed and not _axis(line, axes):
                 fixed.append(line)
@@ -109,7 +111,12 @@ def _axis(word: str, axes: list[list[str]]) -> bool:
         return False  # said with the rest, when the words are checked
     if override is None or not override.is_sweep_override():
         return False
-    axes.append([f"{override.key_or_group}={value}" for value in _values(override)])
+    key = override.key_or_group
+    if key == "output_dir":
+        raise ConfigError([Problem(key, "is the folder of the whole grid, and not swept", "output_dir=FOLDER")])
+    if not (values := _values(override)):
+        raise ConfigError([Problem(key, f"{override.input_line} gives no value", f"{key}=VALUE,VALUE")])
+    axes.append([f"{key}={value}" for value in values])
     return True
 
 
@@ -165,7 +172,7 @@ def _server() -> Iterator[None]:
     if os.environ.get(forkserver.VARIABLE):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="ftrun-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ftrun-", dir=events.socket_parent()) as folder:
         address = str(Path(folder) / "server")
         server = forkserver.start(address)
         os.environ[forkserver.VARIABLE] = address

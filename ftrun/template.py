@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ftrun.data import Reasoning
 from ftrun.data.rows import Message
-from ftrun.data.tools import TOOL_FORMATS, Call, Tool, ToolError
 from ftrun.errors import Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from ftrun.data.tools import Call, Tool
 
 
 @dataclass(kw_only=True)
@@ -109,10 +111,7 @@ def check(template: Template) -> Iterator[Problem]:
         if slot is not None and slot.count("{content}") != 1:
             message = f"holds {{content}} {slot.count('{content}')} times, and a message goes into one place"
             yield Problem(f"template.{name}", message, f"template.{name}='BEFORE{{content}}AFTER'")
-    if template.tool_format is not None and template.tool_format not in TOOL_FORMATS:
-        message = f"there is no tool format {template.tool_format}"
-        message += did_you_mean(template.tool_format, list(TOOL_FORMATS))
-        yield Problem("template.tool_format", message, f"one of {', '.join(TOOL_FORMATS)}")
+    yield from _unknown_tool_format(template)
     if template.date is not None and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", template.date):
         yield Problem("template.date", f"{template.date} is no day", "template.date=2026-01-31")
     if template.replace_eos and not template.stop:
@@ -123,6 +122,17 @@ def check(template: Template) -> Iterator[Problem]:
             if value != getattr(fresh, name) and name not in ("stop", "replace_eos", "date"):
                 message = "belongs to a template of slots, and this one, the tokenizer's own, has no user slot"
                 yield Problem(f"template.{name}", message, "template=NAME, or template.user too")
+
+
+def _unknown_tool_format(template: Template) -> Iterator[Problem]:
+    if template.tool_format is None:
+        return
+    from ftrun.data.tools import TOOL_FORMATS
+
+    if template.tool_format not in TOOL_FORMATS:
+        near = did_you_mean(template.tool_format, list(TOOL_FORMATS))
+        message = f"there is no tool format {template.tool_format}{near}"
+        yield Problem("template.tool_format", message, f"one of {', '.join(TOOL_FORMATS)}")
 
 
 class TemplateError(Exception):
@@ -297,6 +307,8 @@ def _open(writer: _Writer, template: Template, message: Message, tools: list[Too
 
 
 def _tools_text(template: Template, tools: list[Tool]) -> str:
+    from ftrun.data.tools import TOOL_FORMATS, ToolError
+
     name = template.tool_format or "default"
     try:
         return TOOL_FORMATS[name].system_text(tools)
@@ -372,6 +384,8 @@ def _said(template: Template, message: Message, reasoning: Reasoning, is_past: b
 
 
 def _calls_text(template: Template, calls: list[Call]) -> str:
+    from ftrun.data.tools import TOOL_FORMATS, ToolError
+
     try:
         return TOOL_FORMATS[template.tool_format or "default"].call_text(calls)
     except ToolError as error:

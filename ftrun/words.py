@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,13 @@ def _parse(word: str, problems: list[Problem]) -> list[Override]:
     if word.startswith("-"):
         key, equals, value = word.lstrip("-").partition("=")
         typed = f"{key.replace('-', '_')}={value if equals else 'VALUE'}"
-        fix = "`ftrun -m KEY=VALUE,VALUE` for a grid" if word in ("-m", "--multirun") else f"{typed}, without dashes"
+        near = difflib.get_close_matches(word, options.FLAGS, n=1)
+        if word in ("-m", "--multirun"):
+            fix = "`ftrun -m KEY=VALUE,VALUE` for a grid"
+        elif near:
+            fix = f"ftrun {near[0]}"
+        else:
+            fix = f"{typed}, without dashes; `ftrun --help` lists what there is"
         problems.append(Problem(word, "is no option of ftrun, whose settings are KEY=VALUE", fix))
         return []
     try:
@@ -62,7 +69,8 @@ def _syntax_problem(word: str) -> Problem:
         if group in options.GROUPS:
             return Problem(word, "is not KEY=VALUE", f"{group}={option or 'OPTION'}")
         near = did_you_mean(word, [*options.GROUPS, *options.COMMANDS])
-        return Problem(word, f"is neither a command nor KEY=VALUE{near}", "`ftrun --help` lists both")
+        shown = word if word.strip() else repr(word)
+        return Problem(shown, f"is neither a command nor KEY=VALUE{near}", "`ftrun --help` lists both")
     if not key:
         return Problem(word, "has no key before the =", "KEY=VALUE")
     if not re.fullmatch(r"[+~]*[A-Za-z_][\w/-]*(\.\w[\w-]*)*(@[\w.:]*)?", key):
@@ -138,8 +146,11 @@ def _wrong_choice(override: Override) -> Iterator[Problem]:
         yield Problem(
             f"{'++' if override.is_force_add() else '+'}{group}",
             f"{group} is always there and has one choice",
-            f"{group}={value}",
+            f"{group}={'OPTION' if isinstance(value, dict) else value}",
         )
+    elif isinstance(value, dict):
+        first = next(iter(value), "KEY")
+        yield Problem(group, "takes an option; its keys are set one by one", f"{group}.{first}={value.get(first)}")
     elif value is None and group not in options.OPTIONAL_GROUPS:
         known = options.names(group)
         neutral = next((name for name in ("none", "auto", "default", "full") if name in known), known[0])

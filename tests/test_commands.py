@@ -19,6 +19,8 @@ import ftrun as package
 from ftrun import cli, config, model, options, plugin, record
 from ftrun.config import Config
 from ftrun.data import formats
+from ftrun.display import console
+from ftrun.model import Source
 from ftrun.record import Holder, Result, Status
 from ftrun.train import Scheduler
 
@@ -193,6 +195,18 @@ def test_list_of_a_preset_shows_its_values_not_the_defaults(group, driver):
 def test_list_of_a_family_names_its_sizes(driver):
     page = driver("list", "model=qwen2").sees(0).out
     assert {"0.5B", "57B-A14B", "72B-math-base"} <= listed(page)
+
+
+def test_list_of_the_sweeps(driver):
+    out = driver("list", "sweep").sees(0).out
+    assert all(name in out for name in options.sweeps())
+
+
+def test_every_choice_of_a_key_is_shown(driver, monkeypatch):
+    monkeypatch.setattr(console, "_width", 80)
+    page = driver("stage=sft", "--help").sees(0).out
+    assert "…" not in page.replace("SmolLM2-13…", "")
+    assert all(source in page for source in Source)
 
 
 def test_list_of_a_preset_of_ones_own(driver, write):
@@ -541,6 +555,10 @@ def complete(*words: str) -> list[str]:
         (["list", "adapter="], [f"adapter={name}" for name in options.names("adapter")]),
         (["completion", "z"], ["zsh"]),
         (["zzz"], []),
+        (["--h"], ["--help"]),
+        (["-m", "sweep=lo"], ["sweep=lora_rank"]),
+        (["-m", "sw"], ["sweep="]),
+        (["sw"], []),
         (["data.path="], []),
         (["nothing.x="], []),
         (["nothing="], []),
@@ -675,3 +693,11 @@ def test_what_is_shown_is_not_wrapped_in_a_narrow_terminal(tmp_path):
     narrow = shell(f"COLUMNS=40 ftrun show data.path={path}", tmp_path)
     assert yaml.safe_load(narrow.stdout)["data"]["path"] == path
     assert f"there is no file {path}\n" in shell(f"COLUMNS=40 ftrun check data.path={path}", tmp_path).stderr
+
+
+def test_resuming_a_run_with_a_damaged_result_says_so(driver, write):
+    write("run/run.yaml", "schema_version: 1\n")
+    write("run/result.json", '{"status": ')
+    done = driver("resume", "run").sees(2)
+    assert "run/result.json: cannot be read" in done.err
+    assert "delete it" in done.err

@@ -16,9 +16,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from ftrun import config, forkserver, options, reference, sweep
-from ftrun.data import Format
-from ftrun.data.formats import understand
+from ftrun.data import info
+from ftrun.data.formats import COLUMNS, KINDS, LAYOUTS, understand
+from ftrun.data.messages import ROLES
 from ftrun.data.read import read
+from ftrun.data.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,8 +63,11 @@ def test_commands_can_be_typed(page, words, driver, request, tmp_path):
     for name, text in examples(page).items():
         (tmp_path / name).write_text(text)
     command = words[0] if words and words[0] in options.COMMANDS else None
-    if command in ("list", "runs", "env", "completion") or "--help" in words:
+    if command in ("list", "runs", "cache", "env", "completion") or "--help" in words:
         assert driver(*words).code == 0
+        return
+    if command in ("preview", "prepare"):
+        request.getfixturevalue("ftrun")(*words).sees(0)
         return
     assert command in (None, "show", "check"), "mark it as not run"
     overrides = words[1:] if command else words
@@ -111,12 +116,61 @@ def test_presets_are_found_where_they_are_said_to_be(driver, tmp_path):
         assert option in driver("list", group).out
 
 
-def test_rows_are_understood(tmp_path):
+FORMATS = ROOT / "docs" / "formats.md"
+
+
+def rows_of_formats() -> Iterator[object]:
+    """Yield every row that is shown under the name of a format."""
+    for form, section in re.findall(r"^## `(\w+)`$(.*?)(?=^## |\Z)", FORMATS.read_text(), re.DOTALL | re.MULTILINE):
+        lines = "".join(text for name, text in FENCE.findall(section) if name == "json").splitlines()
+        for number, line in enumerate(lines, 1):
+            yield pytest.param(form, line, id=f"{form} {number}")
+
+
+@pytest.mark.parametrize(("form", "line"), list(rows_of_formats()))
+def test_rows_are_understood(form, line, tmp_path):
+    """A row is of the format that it stands under, whether that is named or found, for each kind it may be."""
+    (tmp_path / "rows.jsonl").write_text(line)
+    (row,) = read(tmp_path / "rows.jsonl")
+    for kind in (kind for kind, forms in KINDS.items() if form in forms):
+        assert LAYOUTS[form].fits(row.value)
+        assert understand(row, kind, form) == understand(row, kind)
+
+
+def test_every_format_has_rows_and_every_column_and_role_its_word():
+    assert {case.values[0] for case in rows_of_formats()} == set(LAYOUTS)
+    words = set(re.findall(r"`(\w+)`", prose(FORMATS)))
+    assert words >= COLUMNS
+    assert words >= ROLES.keys()
+
+
+def test_entries_of_data_sets_are_read(tmp_path):
     (block,) = blocks(ROOT / "docs" / "data.md", "json")
-    (tmp_path / "rows.jsonl").write_text(block)
-    kinds = ("conversations", "pairs", "texts")
-    for row, kind in zip(read(tmp_path / "rows.jsonl"), kinds, strict=True):
-        understand(row, kind, Format.auto)
+    (tmp_path / info.FILE).write_text(block)
+    found = info.load(str(tmp_path))
+    read = {name: info.entry(str(tmp_path), name, entry, None) for name, entry in found.items()}
+    assert {name: entry.format for name, entry in read.items()} == {
+        "tickets": "alpaca",
+        "chats": "sharegpt",
+        "judged": "preference",
+    }
+    row = Row({"question": "Q", "reply": "R", "input": "more"}, "tickets.json", 1)
+    (item,) = understand(row, "conversations", read["tickets"].format, read["tickets"].columns, read["tickets"].tags)
+    assert [message["content"] for message in item.messages] == ["Q\nmore", "R"]
+
+
+def test_rows_are_cut_as_the_table_says():
+    from ftrun.worker.encode import Encoded, cut
+
+    text = (ROOT / "docs" / "data.md").read_text()
+    room = int(re.search(r"With a room of (\d+):", text)[1])
+    cases = [[int(cell) for cell in line] for line in re.findall(r"^\|" + r" (\d+) \|" * 5 + "$", text, re.MULTILINE)]
+    assert len(cases) == 4
+    for prompt, reply, beginning, end, kept in cases:
+        whole = Encoded([*range(prompt + reply)], [prompt, prompt + reply], [1.0], [(prompt, prompt + reply)])
+        (found,) = cut([whole], room)
+        assert found.ids == [*range(beginning), *range(prompt - end, prompt + kept)]
+        assert found.spans == [beginning + end, room]
 
 
 def test_project_files_are_toml():

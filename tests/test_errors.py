@@ -87,6 +87,10 @@ KEYS = [
     case("key without its group", "check lr=1e-4", "lr: is not a key", "did you mean optimizer.lr",
          "fix: optimizer.lr="),
     case("key without its group, elsewhere", "check max_length=64", "max_length: is not a key", "data.max_length="),
+    case("key in capitals", "check SEED=1", "SEED: is not a key", "did you mean seed"),
+    case("tree for a group", "check optimizer={lr:1e-4}", "optimizer: takes an option", "fix: optimizer.lr="),
+    case("tree for a group with ++", "check ++train={epochs:1}", "++train: ", "fix: train=OPTION", never=("{",)),
+    case("empty word", ["check", ""], "'': is neither a command nor KEY=VALUE"),
     case("key in the wrong group", "check optimizer.rank=4", "optimizer.rank: is not a key of optimizer=adamw",
          "did you mean adapter.rank"),
     case("key of another option of the group", "check adapter=lora adapter.layers=2",
@@ -137,6 +141,7 @@ OPTIONS = [
     case("group without an option", "check stage", "stage: ", "fix: stage=", never=("did you mean stage?",)),
     case("misspelt command", "chek stage=sft", "chek: ", "did you mean check", "ftrun --help"),
     case("option as a path", "check optimizer/adamw", "optimizer/adamw: ", "fix: optimizer=adamw"),
+    case("misspelt flag", ["--hlep"], "--hlep: ", "KEY=VALUE", "fix: ftrun --help", never=("hlep=",)),
     case("flag", ["check", "--stage=dpo"], "--stage=dpo: ", "KEY=VALUE", "fix: stage=dpo"),
     case("flag with dashes", ["check", "--max-length=64"], "--max-length=64: ", "KEY=VALUE", "max_length=64"),
     case("size that the family does not have", "check model=qwen2 model.size=9B", "model.size: ", "no size 9B", "0.5B",
@@ -353,6 +358,9 @@ DATA = [
 ]  # fmt: skip
 
 FOLDERS = [
+    case("folder without a name", ["check", "output_dir="], "output_dir: has no value", "output_dir=FOLDER"),
+    case("folder with a name that is too long", ["check", f"output_dir={'x' * 300}"], "output_dir: xxx", "too long",
+         "another folder", never=("x" * 150,)),
     case("folder of another run", "check output_dir=old", "output_dir: old holds another run", "ftrun resume old",
          files={"old/run.yaml": "x"}),
     case("folder that is a file", "check output_dir=old", "output_dir: old is a file", "folder", files={"old": "x"}),
@@ -455,6 +463,11 @@ PRESETS = [
 ]  # fmt: skip
 
 SWEEPS = [
+    case("range without a value", "check -m seed=range(5,1)", "seed: seed=range(5,1) gives no value", "VALUE,VALUE"),
+    case("pattern that matches nothing", "check -m adapter=glob(zzz*)", "adapter: adapter=glob(zzz*) gives no value"),
+    case("two sweeps", "check -m sweep=lora_rank sweep=learning_rate", "sweep: is typed 2 times", "one of them"),
+    case("a grid of folders", "check -m model=tiny output_dir=a,b", "output_dir: is the folder of the whole grid",
+         "output_dir=FOLDER"),
     case("grid with a wrong value", "check -m model=tiny seed=1,many adapter=lora,full",
          "seed: 'many' is not a whole number"),
     case("grid with a wrong option", "check -m model=tiny adapter=lora,ful seed=1,2",

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ftrun.data import Cut, Data, Mix, MixUntil, OnBadRow, Packing, Source, TooLong, TrainOn, formats
-from ftrun.data.messages import ROLES
+from ftrun.data import Cut, Data, Mix, MixUntil, OnBadRow, Packing, Source, TooLong, TrainOn
 from ftrun.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,10 +46,15 @@ def _places(data: Data) -> Iterator[Problem]:
 def _formats(cfg: Config) -> Iterator[Problem]:
     sources: list[tuple[str, Data | Source]] = [("data", cfg.data)]
     sources += [(f"data.sources.{number}", source) for number, source in enumerate(cfg.data.sources)]
-    for key, source in sources:
-        if source.format is not None:
-            yield from formats.check(source.format, cfg.stage.rows, f"{key}.format")
-        ours = source.format is None or source.format == "auto" or source.format in formats.LAYOUTS
+    named = [(key, source) for key, source in sources if source.format not in (None, "auto") or source.columns]
+    if not named:
+        return
+    from ftrun.data import formats  # of a run that names none, the columns are looked at where its rows are
+
+    for key, source in named:
+        form = source.format or "auto"
+        yield from formats.check(form, cfg.stage.rows, f"{key}.format")
+        ours = form == "auto" or form in formats.LAYOUTS
         for column in source.columns if ours else ():  # a plugin may have columns of its own
             if column not in formats.COLUMNS:
                 near = did_you_mean(column, sorted(formats.COLUMNS))
@@ -72,6 +76,8 @@ def _learned(data: Data, kind: str) -> Iterator[Problem]:
     if data.train_on is TrainOn.roles and not data.train_roles:
         yield Problem("data.train_roles", "data.train_on=roles needs it", "data.train_roles=[assistant]")
     for role in data.train_roles:
+        from ftrun.data.messages import ROLES
+
         if role not in (known := sorted(set(ROLES.values()))):
             message = f"there is no role {role}{did_you_mean(role, known)}"
             yield Problem("data.train_roles", message, f"some of {', '.join(known)}")

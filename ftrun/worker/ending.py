@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import ftrun
@@ -26,7 +27,7 @@ def finish(trainer: RunTrainer, run: Run) -> Result:
     """Save the model and say how the run went. Called by the first process only."""
     events.send("phase", text="saving")
     lines = record.read_lines(run.folder / record.METRICS)
-    metrics = last_values(lines)
+    metrics = record.last_values(lines)
     metrics["loss"] = trainer.mean_loss
     save_model(trainer, run, metrics)
     plot(run, lines)
@@ -41,22 +42,12 @@ def finish(trainer: RunTrainer, run: Run) -> Result:
     )
 
 
-def last_values(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the last value of each metric."""
-    found: dict[str, float] = {}
-    for line in lines:
-        found |= {
-            name: value
-            for name, value in line.items()
-            if name not in ("step", "epoch", "time", "tokens_per_second", "lr")
-        }
-    return found
-
-
 def save_model(trainer: RunTrainer, run: Run, metrics: dict[str, float]) -> None:
     """Write ``model/`` whole: weights or adapter, tokenizer, model card."""
     folder = run.folder / record.MODEL
     partial = folder.with_name(f".{folder.name}")
+    for left in (partial, folder):  # by a process that was killed between here and its result
+        shutil.rmtree(left, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     run.cfg.adapter.save(model, partial, run)
     if run.media:

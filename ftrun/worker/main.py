@@ -41,7 +41,7 @@ def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
     begun = time.monotonic()
     try:
         with _held(folder) if rank == 0 else contextlib.nullcontext():
-            result = _attempt(functools.partial(_work, Path(run_file), task, options))
+            result = _attempt(functools.partial(_work, Path(run_file), task, options), folder)
         result.wall_seconds = round(time.monotonic() - begun, 3)
         # Of several processes the first speaks for all, but one that failed speaks first: the others are ended for it.
         if (rank == 0 or result.status is Status.failed) and not _another_failed(folder):
@@ -53,17 +53,20 @@ def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
     return int(result.status is Status.failed)
 
 
-def _attempt(work: Callable[[], Result]) -> Result:
+def _attempt(work: Callable[[], Result], folder: Path) -> Result:
     """Do the work, and say how it ended whatever happens."""
     try:
         result = work()
     except stop.Stopped as stopped:
-        return Result(status=stopped.status)
+        return Result(status=stopped.status, **record.so_far(folder))
     except BaseException as error:
         traceback.print_exc()
         problems = error.problems if isinstance(error, ConfigError) else ()
         return Result(
-            status=Status.failed, reason=_reason(error), problems=[dataclasses.asdict(problem) for problem in problems]
+            status=Status.failed,
+            reason=_reason(error),
+            problems=[dataclasses.asdict(problem) for problem in problems],
+            **record.so_far(folder),
         )
     result.status = Status.completed
     return result

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import seed_worker
 
@@ -273,6 +273,36 @@ class RunTrainer(Trainer):
         rate = (total - self._tokens_logged) / max(self.busy, 1e-9)
         self._tokens_logged, self.busy = total, 0.0
         return {"tokens": total, "tokens_per_second": round(rate, 1)}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights under the names that they have here.
+
+        Some models are kept on disk under other names, and transformers does not find those again when it resumes: it
+        would go on, without a word, with the weights that the run began with.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that does not hold the model's weights, where transformers would warn and go on.
+
+        Raises:
+            RunFailed: Weights are missing, other than those that are another one's under a second name.
+        """
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = {name for name in load_result.missing_keys if name in weights}
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        lost = sorted(name for name in missing if id(weights[name]) not in loaded)
+        if lost or load_result.unexpected_keys:
+            names = ", ".join([*lost, *load_result.unexpected_keys][:3])
+            raise RunFailed(f"the checkpoint does not hold the weights of this model ({names}, ...)")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save under transformers' name, and rename when everything is on disk: complete or absent."""

@@ -172,13 +172,17 @@ def test_packing_is_refused(ftrun, model, rows, word):
     assert "rows with media (12 image) cannot share a sequence" in done.err
 
 
-def test_packing_a_multimodal_model_without_media(ftrun, model, rows):
+def test_packing_rows_without_media(ftrun, model, rows, tmp_path):
     folder = rows()
     plain = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a square"}]
     (folder / "rows.jsonl").write_text((json.dumps({"messages": plain}) + "\n") * 12)
-    packed = ftrun(*RUN, model, "data.packing=best_fit", "train.max_steps=1", "data.max_length=64").sees(0)
-    alone = ftrun(*RUN, model, "train.micro_batch_size=12", "train.max_steps=1").sees(0)
+    vision_models.llava(tmp_path / "llava")
+    one_step = (*RUN, "train.max_steps=1", f"model.path={tmp_path / 'llava'}")
+    packed = ftrun(*one_step, "data.packing=best_fit", "data.max_length=80").sees(0)
+    alone = ftrun(*one_step, "train.micro_batch_size=12").sees(0)
     assert packed.losses[0] == pytest.approx(alone.losses[0], abs=1e-5)
+    refused = ftrun(*RUN, model, "data.packing=best_fit").sees(2)  # its positions are of three dimensions
+    assert "does not keep rows that share a sequence apart" in refused.err
 
 
 def test_the_same_rows_elsewhere_mean_other_images(ftrun, model, rows, tmp_path):

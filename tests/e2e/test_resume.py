@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -152,3 +153,48 @@ def test_a_worker_that_dies_before_it_begins_is_a_failed_run(start, write, tmp_p
     assert process.returncode == 1, err
     assert "exit code 3 and no word" in err
     assert record.Result.load(tmp_path / "early_death").status == "failed"
+
+
+def test_a_run_that_was_killed_between_its_model_and_its_result_is_resumed(ftrun):
+    whole = ftrun(*RUN, "train.save_every=4").sees(0)
+    before = weights(whole.folder)
+    file = whole.folder / "result.json"
+    holder = {"host": socket.gethostname(), "pid": 2**30, "started": 1.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running", "holder": holder}))
+    (whole.folder / "model" / "left_over").touch()
+    ftrun("resume", whole.folder.name).sees(0)
+    assert weights(whole.folder) == before
+    assert not (whole.folder / "model" / "left_over").exists()
+
+
+def test_a_run_that_failed_says_how_far_it_came_and_how_to_go_on(ftrun):
+    done = ftrun(*RUN, "optimizer.lr=1e30", "train.log_every=1", "train.save_every=1").sees(1)
+    assert done.result.step == max(line["step"] for line in done.metrics) > 0
+    assert "grad_norm" in done.result.metrics
+    assert f"to go on: ftrun resume {done.folder.name}" in done.err
+
+
+def test_a_long_folder_for_temporary_files_is_no_obstacle(ftrun, tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    done = ftrun("model=tiny", "debug=smoke", TMPDIR=str(folder)).sees(0)
+    assert "step 2/2" in done.out
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run(forked, tmp_path):
+    process = forked("model=tiny", "train.max_steps=30", "train.log_every=1", "output_dir=run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert record.Result.load(tmp_path / "run").status == "completed"
+
+
+def test_of_two_that_resume_at_once_one_is_refused(ftrun, forked):
+    whole = ftrun(*RUN, "train.save_every=4").sees(0)
+    _make_it_look_killed(whole.folder, 4)
+    both = [forked("resume", whole.folder.name) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert sum("is running: process" in error for error in errors) == 1
+    steps = [line["step"] for line in comparable(whole.folder) if "loss" in line]
+    assert steps == sorted(set(steps))

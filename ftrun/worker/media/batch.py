@@ -71,7 +71,7 @@ def _loaded(medium: Located, place: str, processor: MediaProcessor) -> Any:
     try:
         return processor.load(medium)
     except ValueError as error:
-        message = f"has a {medium.kind} that cannot be read: {error}"
+        message = f"has a{'' if medium.kind == 'video' else 'n'} {medium.kind} that cannot be read: {error}"
         raise UnreadableMedium(Problem(place, message, "a whole file")) from None
 
 
