@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftrun import fields, model, plugin, record, template
 from ftrun.data import Data, keys
@@ -95,27 +97,79 @@ class Config:
         """Read a saved tree; each plugin's ``name`` says which class it is.
 
         Raises:
-            ConfigError: The file is of another version, or a plugin in it is not installed here.
+            ConfigError: The file is damaged or of another version, or a plugin in it is not installed here.
         """
-        saved = cast(DictConfig, OmegaConf.load(path))
+        saved = _read(path)
         if (found := saved.get("schema_version")) != SCHEMA_VERSION:
             message = f"is of version {found}, and this ftrun reads version {SCHEMA_VERSION}"
             raise ConfigError(
                 [Problem(str(path), message, "the ftrun that wrote it (its version is in manifest.json)")]
             )
-        for file in saved.plugins:
-            plugin.load_file(path.parent / file)
-        schema: DictConfig = OmegaConf.structured(cls)
         try:
-            for group in ("stage", "adapter", "quant", "optimizer"):
-                schema[group] = plugin.get(group, saved[group].name)
-            for name in saved.tracker:
+            for file in saved.plugins:
+                plugin.load_file(path.parent / file)
+            schema: DictConfig = OmegaConf.structured(cls)
+            for group in _CHOSEN:
+                schema[group] = plugin.get(group, str(saved[group].name))
+            for name in map(str, saved.tracker):
                 schema.tracker[name] = plugin.get("tracker", name)
+            return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, saved)))
+        except OmegaConfBaseException as error:
+            message, fix = f"is damaged: {error.full_key or ''}: {str(error).splitlines()[0]}", _ANOTHER_COPY
         except LookupError as error:
-            raise ConfigError(
-                [Problem(str(path), f"no plugin {error} is installed here", "install what provides it")]
-            ) from None
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, saved)))
+            message, fix = f"no plugin {error} is installed here", "install what provides it"
+        except plugin.PluginError as error:
+            message, fix = str(error), "mend the plugin, or install what it needs"
+        raise ConfigError([Problem(str(path), message, fix)])
+
+
+_CHOSEN = ("stage", "adapter", "quant", "optimizer")
+"""The groups of which a run has one plugin each."""
+
+_ANOTHER_COPY = "another copy of the file, or a new run with the words in manifest.json"
+
+
+def _read(path: Path) -> DictConfig:
+    """Read a saved tree as it stands there.
+
+    Raises:
+        ConfigError: It cannot be read, is damaged, or is not whole.
+    """
+    try:
+        saved = OmegaConf.load(path)
+        why = _missing_from(saved)
+    except UnicodeDecodeError as error:
+        why = f"is damaged: byte {error.start} is not UTF-8 text"
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        why = f"is damaged: it is not YAML{where} ({str(getattr(error, 'problem', error)).splitlines()[0]})"
+    except OSError as error:
+        why = f"cannot be read: {error.strerror or error}"
+    except OmegaConfBaseException as error:
+        why = f"is damaged: {str(error).splitlines()[0]}"
+    if why:
+        raise ConfigError([Problem(str(path), why, _ANOTHER_COPY)])
+    return cast(DictConfig, saved)
+
+
+def _missing_from(saved: DictConfig | ListConfig) -> str:
+    """Say what a saved tree lacks. Of a file that was cut off that is the version, which is its last line."""
+    if not isinstance(saved, DictConfig):
+        return "is damaged: it is not KEY: VALUE"
+    if not saved:
+        return "is empty"
+    if saved.get("schema_version") is None:
+        return "is not whole: it has no schema_version, which is its last line"
+    if lacking := [key.name for key in dataclasses.fields(Config) if key.name not in saved]:
+        return f"is not whole: it has no {lacking[0]}"
+    for group in _CHOSEN:
+        if not isinstance(saved[group], DictConfig) or "name" not in saved[group]:
+            return f"is not whole: it does not say which {group} it is"
+    for key, kind, text in (("plugins", ListConfig, "a list"), ("tracker", DictConfig, "NAME: KEYS")):
+        if not isinstance(saved[key], kind):
+            return f"is damaged: {key} is not {text}"
+    return ""
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -135,24 +189,54 @@ def examine(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
 
     Returns:
         The config, or None if the words give none; it can be looked at further, but not run if there are problems.
+
+    Raises:
+        ConfigError: The words are one text, and not a list of them.
     """
     from ftrun import compose as hydra_side
 
+    if isinstance(overrides, str):
+        words = ", ".join(repr(word) for word in overrides.split())
+        raise ConfigError([Problem("overrides", "is one text, and a list of words is wanted", f"[{words}]")])
     node, problems = hydra_side.compose_tree(overrides, Config)
     if node is None:
         return None, problems
+    cfg, found = judge(node, overrides)
+    return cfg, [*problems, *found]
+
+
+def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+    """Turn a composed tree into a config, and find what is wrong with its values.
+
+    Args:
+        node: What `ftrun.compose.compose_tree` returns; left as it is.
+        overrides: What was typed.
+    """
     cfg = cast(Config, OmegaConf.to_object(node))
-    problems += [*model.pick_size(cfg.model), *fields.out_of_range(cfg)]
+    problems = [*model.pick_size(cfg.model), *fields.out_of_range(cfg), *_typed(cfg, overrides)]
     if cfg.data.path == "":
         problems.append(Problem("data.path", "has no value", "data.path=FILE"))
     if cfg.data.path is None and not cfg.data.sources:
         cfg.data.path = cfg.stage.default_data or None
     if cfg.optimizer.lr is None:
-        cfg.optimizer.lr = cfg.stage.default_lr * cfg.adapter.lr_scale * cfg.optimizer.lr_scale
+        rate = cfg.stage.default_lr * cfg.adapter.lr_scale * cfg.optimizer.lr_scale
+        cfg.optimizer.lr = float(f"{rate:.6g}")  # 1e-6 times 10 is 9.999999999999999e-06
     problems += [*_missing_packages(cfg), *_contradictions(cfg), *_unread(cfg)]
     for option in cfg.chosen:
         problems += option.check(cfg)
     return cfg, problems
+
+
+def _typed(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
+    """Yield what may stand in a preset or a recipe, and is wrong where it is typed."""
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    for key in sorted(key for key in keys if f"{key}.".startswith("model.sizes.")):
+        message = "is what presets offer model.size to choose from, and cannot be typed"
+        yield Problem(key, message, "model.path=FOLDER_OR_ID, or a preset of your own in conf/model")
+    steps, warmup = cfg.train.max_steps, cfg.train.warmup
+    if {"train.warmup", "train.max_steps"} <= keys and steps is not None and 1 <= steps < warmup:
+        message = f"{warmup:g} steps of warm-up are more than train.max_steps={steps}, so it would never end"
+        yield Problem("train.warmup", message, f"train.warmup= a share below 1, or up to {steps} steps")
 
 
 def _missing_packages(cfg: Config) -> Iterator[Problem]:

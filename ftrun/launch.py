@@ -56,14 +56,20 @@ def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
     """
     cfg, problems = config.examine(overrides)
     if cfg is not None:
-        problems += [
-            *model.check(cfg.model),
-            *(check_rows(cfg) if cfg.stage.rows else ()),
-            *(_occupied(cfg) if to_run else ()),
-        ]
+        problems += [*wrong_on_disk(cfg, to_run=to_run), *(_occupied(cfg) if to_run else ())]
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
+
+
+def wrong_on_disk(cfg: Config, *, to_run: bool = True) -> list[Problem]:
+    """Return what is wrong with the model and the first rows that a config names.
+
+    Args:
+        cfg: The config, of which the groups model, data and stage are read.
+        to_run: Whether a run is to start from it, which needs weights.
+    """
+    return [*model.check(cfg.model, weights=to_run), *(check_rows(cfg) if cfg.stage.rows else ())]
 
 
 def resume(folder: Path) -> Result:

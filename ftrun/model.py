@@ -6,6 +6,7 @@ Loading, which needs torch, is in `ftrun.worker.model`.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from ftrun import record
+from ftrun.data import places
 from ftrun.errors import ConfigError, Problem, did_you_mean
 
 BUILTIN = "builtin:"
@@ -138,52 +140,190 @@ def pick_size(model: Model) -> Iterator[Problem]:
     model.sizes = {}  # the menu has been chosen from
 
 
-def check(model: Model) -> Iterator[Problem]:
-    """Yield what is wrong with ``model.path`` as far as this machine's disk can tell."""
+def check(model: Model, *, weights: bool = True) -> Iterator[Problem]:
+    """Yield what is wrong with ``model.path`` as far as this machine's disk can tell.
+
+    Args:
+        model: As it was typed.
+        weights: Whether its weights are needed, and not its tokenizer alone.
+    """
     if model.path is None:
         return  # said by pick_size
     path = model.path
     if not path:
         yield Problem("model.path", "has no value", "model.path=FOLDER_OR_ID")
-        return
-    if page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
+    elif page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path):
         yield Problem("model.path", f"{path} is a page", f"model.path={page[1]}")
-        return
-    if model.source is Source.wheel:
-        if path not in WHEELS:
-            message = f"no wheel holds {path}"
-            yield Problem("model.source", message, f"model.source=auto, or a model among {', '.join(WHEELS)}")
-        return
-    if model.revision is not None and _kind(model) is not Source.hub:
+    elif why := places.why_unreadable(path):
+        yield Problem("model.path", f"{places.shortened(path)} cannot be read: {why}", "a folder or ORG/NAME")
+    elif wrong := list(_wrong_source(model)):
+        yield from wrong
+    else:
+        yield from _check_place(model, weights)
+
+
+def _check_place(model: Model, weights: bool) -> Iterator[Problem]:
+    """Yield what is wrong with a model that is where ``model.source`` says."""
+    path, kind = model.path or "", _kind(model)
+    if model.revision is not None and kind not in (Source.hub, Source.wheel):
         yield Problem("model.revision", f"{path} is not on the hub, so it has no revisions", "leave model.revision out")
-    if path.startswith(BUILTIN):
+    if kind is Source.builtin:
         if (name := path.removeprefix(BUILTIN)) not in BUILTINS:
             yield Problem("model.path", f"ftrun ships no model {name}", f"model.path={BUILTIN}{BUILTINS[0]}")
-    elif _kind(model) is Source.hub:
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    elif kind is Source.hub:
+        if not _is_hub_id(path):
             yield Problem(
                 "model.path", f"there is no folder {path}, and no hub id looks like that", "a folder or ORG/NAME"
             )
+    elif kind is not Source.wheel:
+        yield from _check_local(Path(path).expanduser(), weights)
+
+
+_CALLED = {
+    Source.hub: "a model on the hub",
+    Source.folder: "a folder",
+    Source.run: "the folder of a run",
+    Source.gguf: "a file",
+    Source.builtin: "a model that ships with ftrun",
+}
+"""What ``model.path`` names, by its source."""
+
+_LOCAL = (Source.folder, Source.run, Source.gguf)
+
+
+def _wrong_source(model: Model) -> Iterator[Problem]:
+    """Yield a problem if the source that was typed is not what ``model.path`` names."""
+    path, typed = model.path or "", model.source
+    looks = _kind(dataclasses.replace(model, source=Source.auto))
+    if typed is Source.wheel and path not in WHEELS:
+        message = f"no wheel holds {path}"
+        yield Problem("model.source", message, f"model.source=auto, or a model among {', '.join(WHEELS)}")
+    elif typed in (Source.auto, Source.wheel, looks):
+        return
+    elif typed is Source.hub and looks in (Source.folder, Source.run) and _is_hub_id(path):
+        return  # the model on the hub that is called like a folder here
+    elif typed in _LOCAL and looks in (Source.hub, Source.folder) and not Path(path).expanduser().exists():
+        return  # said by _check_local
     else:
-        yield from _check_local(Path(path).expanduser())
+        yield Problem("model.source", f"{path} is {_CALLED[looks]}, not {_CALLED[typed]}", "model.source=auto")
 
 
-def _check_local(path: Path) -> Iterator[Problem]:
+def _is_hub_id(path: str) -> bool:
+    """Tell whether a path may be the name of a model on the hub, by the hub's rules."""
+    part = r"\w(?:[\w.-]{0,94}\w)?"
+    well_formed = re.fullmatch(rf"({part}/)?{part}", path, re.ASCII)
+    return bool(well_formed) and "--" not in path and ".." not in path and not path.endswith(".git")
+
+
+def _check_local(path: Path, weights: bool) -> Iterator[Problem]:
     if not path.exists():
         yield Problem("model.path", f"there is no folder or file {path}", "the path of a model's folder, or a hub id")
     elif path.is_file():
-        if path.suffix != ".gguf":
-            yield Problem("model.path", f"{path} is a file, and no GGUF file", "the folder that holds config.json")
+        yield from _check_gguf(path)
     elif record.is_run(path):
-        if not (path / record.MODEL).is_dir():
+        if (path / record.MODEL).is_dir():
+            yield from _check_folder(path / record.MODEL, weights)
+        else:
             status = record.Result.load(path).status if (path / record.RESULT).exists() else "unknown"
             fix = f"ftrun resume {path}, or another run"
             yield Problem("model.path", f"the run in {path} left no model (its status is {status})", fix)
-    elif not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
-        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+    else:
+        yield from _check_folder(path, weights)
+
+
+def _check_gguf(path: Path) -> Iterator[Problem]:
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    except OSError as error:
+        yield Problem("model.path", f"{path} cannot be read: {error.strerror}", "a file that can")
+        return
+    if not is_gguf and path.suffix == ".gguf":
+        message = f"{path} is no GGUF file, whose first four bytes are GGUF"
+        yield Problem("model.path", message, "the whole file, copied or downloaded again")
+    elif not is_gguf:
+        yield Problem("model.path", f"{path} is a file, and no GGUF file", "the folder that holds config.json")
+
+
+_WEIGHTS: tuple[str, ...] = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_ADAPTER_WEIGHTS: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where transformers and peft look for weights in a folder."""
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "sentencepiece*", "bpe.codes")
+"""Names of the files that tokenizers are made from, as patterns."""
+
+
+def _check_folder(folder: Path, weights: bool) -> Iterator[Problem]:
+    """Yield what a model's folder lacks, by its names and its config.json, without loading it."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        yield Problem("model.path", f"{folder} cannot be read: {error.strerror}", "a folder that can")
+        return
+    if "adapter_config.json" in names:
+        yield from _check_config(folder / "adapter_config.json", "peft_type", "which names the kind of adapter")
+    elif "config.json" in names:
+        yield from _check_config(folder / "config.json", "model_type", "which names the architecture")
+    else:
+        inside = ", ".join(names[:5]) or "nothing"
         yield Problem(
-            "model.path", f"{path} is no model: it has no config.json (it holds {inside})", "a model's folder"
+            "model.path", f"{folder} is no model: it has no config.json (it holds {inside})", "a model's folder"
         )
+        return
+    if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZERS):
+        message = f"{folder} has no tokenizer: neither a tokenizer.json nor another file that one is made from"
+        yield Problem("model.path", message, "copy the tokenizer's files into it, or another folder")
+    if weights:
+        yield from _check_weights(folder, names)
+
+
+def _check_config(file: Path, key: str, meaning: str) -> Iterator[Problem]:
+    """Yield what is wrong with a model's or an adapter's settings, of which one key must be there."""
+    settings, why = _read_object(file)
+    if why:
+        yield Problem(str(file), why, "the whole file, copied or downloaded again")
+    elif not settings.get(key) and "auto_map" not in settings:  # which names code that comes with the model
+        yield Problem(str(file), f"has no {key}, {meaning}", "the file that came with the weights")
+
+
+def _check_weights(folder: Path, names: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem if the weights that would be loaded from a folder are not there, or not all of them."""
+    if "adapter_config.json" in names:
+        wanted = _ADAPTER_WEIGHTS
+    else:
+        own = _read_object(folder / "config.json")[0].get("transformers_weights")
+        wanted = (str(own),) if own else _WEIGHTS
+    found = next((name for name in wanted if (folder / name).is_file()), None)
+    if found is None:
+        message = f"{folder} has no weights: it holds no {' or '.join(wanted)}"
+        yield Problem("model.path", message, "copy the file into it, or another folder")
+    elif found.endswith(".index.json"):
+        index, why = _read_object(folder / found)
+        parts = index.get("weight_map")
+        if why or not isinstance(parts, dict):
+            why = why or "has no weight_map"
+            yield Problem(str(folder / found), why, "the whole file, copied or downloaded again")
+        elif missing := sorted({str(name) for name in parts.values() if not (folder / str(name)).is_file()}):
+            message = f"{folder} has not all of its weights: {len(missing)} files are missing, first {missing[0]}"
+            yield Problem("model.path", message, "the whole folder, copied or downloaded again")
+
+
+def _read_object(file: Path) -> tuple[dict[str, Any], str]:
+    """Return what a JSON file holds, and why it cannot be read, one of which is empty."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return {}, "is not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not JSON: {error}"
+    except OSError as error:
+        return {}, f"cannot be read: {error.strerror}"
+    return (found, "") if isinstance(found, dict) else ({}, "is not a JSON object")
 
 
 def _kind(model: Model) -> Source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import re
 import tempfile
@@ -18,15 +19,17 @@ from datetime import datetime
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftrun import events, forkserver, launch, options, record
+from ftrun import compose, config, events, forkserver, launch, options, record
+from ftrun.config import Config
 from ftrun.display import console
 from ftrun.errors import ConfigError, Problem, RunFailed, did_you_mean
+from ftrun.fields import MISSING
 from ftrun.record import Result, Status
 
 
@@ -77,19 +80,94 @@ def check(words: Sequence[str]) -> list[Job]:
         ConfigError: With everything that is wrong with any of them, once.
     """
     jobs = list(grid(words))
+    examined, on_disk = _Examined(), _OnDisk()
     problems: list[Problem] = []
+    bad_jobs = 0
     for job in jobs:
-        try:
-            launch.check([word for word in job.words if not word.startswith("output_dir=")])
-        except ConfigError as error:
-            problems += error.problems
+        cfg, found = examined.examine(job)
+        found = [*found, *(on_disk.problems(cfg) if cfg else ())]
+        problems += found
+        bad_jobs += bool(found)
+        if bad_jobs == _BAD_JOBS:
+            break
     if problems:
         raise ConfigError(problems)
     return jobs
 
 
+MOST_JOBS = 10_000
+"""A grid of more runs is a slip of the keyboard."""
+
+_MOST_VALUES = 200_000
+"""Of one word, more are not even counted."""
+
+_BAD_JOBS = 100
+"""After so many wrong points, the others are not looked at: they are most likely wrong in the same way."""
+
+
+class _Examined:
+    """The points of one grid as configs; the tree is composed only where more than plain values differ."""
+
+    def __init__(self) -> None:
+        self._trees: dict[tuple[str, ...], DictConfig] = {}
+        self._parsed: dict[str, Override] = {}
+
+    def examine(self, job: Job) -> tuple[Config | None, list[Problem]]:
+        """Return what `ftrun.config.examine` does for a job's words."""
+        words = [word for word in job.words if not word.startswith("output_dir=")]
+        values = [override for word in job.point if (override := self._plain(word))]
+        # Every point of a grid sets the same keys, so nothing of the last one stays behind.
+        shape = tuple(word for word in job.point if self._plain(word) is None)
+        if (known := self._trees.get(shape)) is not None:
+            try:
+                for override in values:
+                    OmegaConf.update(known, override.key_or_group, override.value(), merge=True)
+                return config.judge(known, words)
+            except OmegaConfBaseException:
+                pass  # said below, where the tree is composed
+        node, problems = compose.compose_tree(words, Config)
+        if node is None:
+            return None, problems
+        if not problems:
+            self._trees[shape] = node
+        cfg, found = config.judge(node, words)
+        return cfg, [*problems, *found]
+
+    def _plain(self, word: str) -> Override | None:
+        """Return a word that sets a key to one plain value, as it is parsed."""
+        if word not in self._parsed:
+            self._parsed[word] = OverridesParser.create().parse_override(word)
+        override = self._parsed[word]
+        is_change = (
+            override.type is OverrideType.CHANGE
+            and override.package is None
+            and override.key_or_group not in options.GROUPS
+        )
+        value = override.value() if is_change else None
+        is_plain = isinstance(value, int | float | str) and "${" not in str(value) and value != MISSING
+        return override if is_plain else None
+
+
+class _OnDisk:
+    """What is wrong with the files that the points of a grid name, each looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[Problem]] = {}
+
+    def problems(self, cfg: Config) -> list[Problem]:
+        """Return what `ftrun.launch.wrong_on_disk` does."""
+        key = repr((cfg.model, cfg.stage, cfg.template, cfg.data))
+        if key not in self._known:
+            self._known[key] = launch.wrong_on_disk(cfg)
+        return self._known[key]
+
+
 def grid(words: Sequence[str]) -> Iterator[Job]:
-    """Yield every combination of the values that the words give, the last word's changing fastest."""
+    """Yield every combination of the values that the words give, the last word's changing fastest.
+
+    Raises:
+        ConfigError: A word gives no values, or there are too many combinations.
+    """
     axes: list[list[str]] = []
     if len(sweeps := [word for word in words if word.startswith("sweep=")]) > 1:
         raise ConfigError([Problem("sweep", f"is typed {len(sweeps)} times", f"one of them: ftrun -m {sweeps[-1]}")])
@@ -99,6 +177,11 @@ def grid(words: Sequence[str]) -> Iterator[Job]:
         for line in _sweep_file(word.partition("=")[2]):
             if line.partition("=")[0] not in typed and not _axis(line, axes):
                 fixed.append(line)
+    count = math.prod(len(axis) for axis in axes)
+    if count > MOST_JOBS:
+        known = "at least " if any(len(axis) == _MOST_VALUES for axis in axes) else ""
+        message = f"the grid has {known}{count:,} runs, and no more than {MOST_JOBS:,} are started at once"
+        raise ConfigError([Problem("-m", message, "fewer values, or several grids")])
     for point in itertools.product(*axes):
         yield Job(words=(*fixed, *point), point=point)
 
@@ -127,7 +210,7 @@ def _values(override: Override) -> list[str]:
     if not override.is_discrete_sweep():
         message = f"{override.input_line} has no end: a grid needs single values"
         raise ConfigError([Problem(key, message, f"{key}=VALUE,VALUE or {key}=range(START,STOP)")])
-    return list(override.sweep_string_iterator())
+    return list(itertools.islice(override.sweep_string_iterator(), _MOST_VALUES))
 
 
 def _sweep_file(name: str) -> list[str]:

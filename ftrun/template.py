@@ -112,6 +112,7 @@ def check(template: Template) -> Iterator[Problem]:
             message = f"holds {{content}} {slot.count('{content}')} times, and a message goes into one place"
             yield Problem(f"template.{name}", message, f"template.{name}='BEFORE{{content}}AFTER'")
     yield from _unknown_tool_format(template)
+    yield from _broken_jinja(template)
     if template.date is not None and not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", template.date):
         yield Problem("template.date", f"{template.date} is no day", "template.date=2026-01-31")
     if template.replace_eos and not template.stop:
@@ -133,6 +134,31 @@ def _unknown_tool_format(template: Template) -> Iterator[Problem]:
         near = did_you_mean(template.tool_format, list(TOOL_FORMATS))
         message = f"there is no tool format {template.tool_format}{near}"
         yield Problem("template.tool_format", message, f"one of {', '.join(TOOL_FORMATS)}")
+
+
+def _broken_jinja(template: Template) -> Iterator[Problem]:
+    """Yield a problem if the Jinja text cannot be compiled. Jinja is imported only where there is such a text."""
+    if not template.chat_template:
+        return
+    from jinja2 import TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag around what a model writes, which transformers adds to Jinja."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols]).compile(template.chat_template)
+    except TemplateSyntaxError as error:
+        message = f"line {error.lineno} is not Jinja: {error.message}"
+        yield Problem("template.chat_template", message, "mend the line")
 
 
 class TemplateError(Exception):

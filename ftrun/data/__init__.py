@@ -13,6 +13,21 @@ from enum import Enum, StrEnum
 
 from ftrun.fields import MISSING, ranged
 
+ROWS = tuple(
+    f"data.{name}"
+    for name in (
+        "path", "rows", "subset", "split", "sources", "mix", "mix_until", "dataset_info", "format", "columns",
+        "max_length", "too_long", "control_tokens_in_text", "eval_path", "eval_size", "eval_sets", "on_bad_row",
+        "max_bad_share", "processes",
+    )
+)  # fmt: skip
+"""Keys by which rows are found, read and tokenised, whatever they are: what every stage that has rows reads."""
+
+MESSAGES = tuple(
+    f"data.{name}" for name in ("system", "cut", "reasoning", "history_reasoning", "media_folder", "media_urls")
+)
+"""Keys by which messages are rendered, whichever of them are learned."""
+
 
 class Packing(StrEnum):
     """How rows share a sequence."""

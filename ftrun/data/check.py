@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,50 @@ def check(cfg: Config) -> Iterator[Problem]:
     resolved, problems = sources.find(cfg.data, cfg.stage.rows)
     yield from dict.fromkeys(problems)
     left = MOST_BYTES
-    for opened in [*resolved.train, *(one for found in resolved.eval.values() for one in found)]:
-        for file in opened.files:
-            if left <= 0 or not _is_light(file, opened.documents):
-                continue
+    counts: list[int | None] = [None] * len(problems)  # what was not found has rows that nobody has counted
+    for opened in resolved.train:
+        count, left = yield from _check_files(cfg, opened, left)
+        counts.append(count)
+    for opened in (one for found in resolved.eval.values() for one in found):
+        _, left = yield from _check_files(cfg, opened, left)
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts):
+        yield from _held_out(cfg, sum(known))
+
+
+def _held_out(cfg: Config, total: int) -> Iterator[Problem]:
+    """Yield a problem if of ``total`` rows, all there are, none would be left to train on."""
+    size = cfg.data.eval_size
+    count = int(size) if size >= 1 else math.ceil(size * total)
+    if count >= total > 0:
+        message = f"{count:,} rows are to be held out, and there are {total:,}, so none is left to train on"
+        yield Problem("data.eval_size", message, f"data.eval_size= less than {total}")
+
+
+def _check_files(cfg: Config, opened: Opened, left: int) -> Generator[Problem, None, tuple[int | None, int]]:
+    """Yield what is wrong with the first rows of a place.
+
+    Args:
+        cfg: The run.
+        opened: The place.
+        left: How many bytes may be read.
+
+    Returns:
+        How many rows there are, good and bad, or None where that is not known; and how many bytes may still be read.
+    """
+    total = None if opened.hub else 0
+    for file in opened.files:
+        count = None
+        if left > 0 and _is_light(file, opened.documents):
             try:
                 left -= min(FIRST_BYTES, Path(file).stat().st_size)
-                yield from _check_rows(cfg, opened, file)
+                count = yield from _check_rows(cfg, opened, file)
             except ConfigError as error:
                 yield from error.problems
+        total = None if total is None or count is None else total + count
+    if total is not None and opened.rows is not None:
+        total = min(total, opened.rows)
+    return total, left
 
 
 def _is_light(file: str, documents: bool) -> bool:
@@ -48,7 +84,8 @@ def _is_light(file: str, documents: bool) -> bool:
     return not storage.is_url(file) and packing != ".zst" and (documents or kind in read.TEXTS)
 
 
-def _check_rows(cfg: Config, opened: Opened, file: str) -> Iterator[Problem]:
+def _check_rows(cfg: Config, opened: Opened, file: str) -> Generator[Problem, None, int | None]:
+    """Yield what is wrong with the first rows of a file, and return how many it has, or None if these are not all."""
     most = min(FIRST_ROWS, opened.rows or FIRST_ROWS)
     rows, cut_off = read.head(file, most, FIRST_BYTES, documents=opened.documents)
     bad = [problem for row in rows if (problem := _what_is_wrong(cfg, opened, row))]
@@ -63,6 +100,8 @@ def _check_rows(cfg: Config, opened: Opened, file: str) -> Iterator[Problem]:
         if len(bad) > MOST_PROBLEMS:
             message = f"has {len(bad) - MOST_PROBLEMS} more bad rows among the first {len(rows)}"
             yield Problem(file, message, "data.on_bad_row=skip counts and skips them")
+    ended = not cut_off and (len(rows) < most or most == opened.rows)
+    return len(rows) if ended else None
 
 
 def _what_is_wrong(cfg: Config, opened: Opened, row: Row | BadRow) -> Problem | None:

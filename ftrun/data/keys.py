@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -107,10 +106,6 @@ def _evaluation(data: Data) -> Iterator[Problem]:
     if data.eval_size > 1 and data.eval_size != int(data.eval_size):
         message = f"{data.eval_size} is neither a share nor a count"
         yield Problem("data.eval_size", message, "a share below 1, or whole rows")
-    for name in data.eval_sets:
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-            message = f"{name!r} would be part of a metric's name"
-            yield Problem("data.eval_sets", message, "names of letters, digits, - and _")
 
 
 def _streaming(cfg: Config) -> Iterator[Problem]:

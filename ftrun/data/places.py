@@ -42,6 +42,25 @@ class Files:
     """Whether each file is one document."""
 
 
+def why_unreadable(path: str) -> str:
+    """Say why the system does not look at a path at all, or return nothing, also where nothing is there."""
+    if "\0" in path:
+        return "a NUL character stands in it"
+    try:
+        os.stat(Path(path).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle; a ~user that is not there
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def shortened(path: str) -> str:
+    """Return a path as it can be shown, whatever it holds."""
+    shown = path if path.isprintable() else repr(path)[1:-1]
+    return shown if len(shown) <= 120 else f"{shown[:60]}...{shown[-40:]}"
+
+
 def demos() -> list[str]:
     """Return the names of the data sets that ship with ftrun."""
     return sorted(folder.name for folder in _DEMOS.iterdir() if folder.is_dir())
@@ -52,7 +71,7 @@ def is_hub_id(path: str) -> bool:
     if path.startswith(MODELSCOPE):
         return True
     local = path.startswith((DEMO, DOCUMENTS, "/", "./", "../", "~")) or glob.has_magic(path)
-    if local or path.count("/") != 1 or storage.ending(path)[0] in KINDS:
+    if local or path.count("/") != 1 or storage.ending(path)[0] in KINDS or why_unreadable(path):
         return False
     return not Path(path).exists()
 
@@ -162,6 +181,8 @@ def _split_words(file: str, root: str) -> set[str]:
 
 def _find_local(key: str, path: str, subset: str | None, documents: bool) -> tuple[str | None, list[str]]:
     """Return the folder, if it is one, and the files."""
+    if why := why_unreadable(path):
+        raise ConfigError([Problem(key, f"{shortened(path)} cannot be read: {why}", "a file that is there")])
     local = Path(path).expanduser()
     if subset is not None:
         local = local / subset

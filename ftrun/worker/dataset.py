@@ -17,7 +17,6 @@ import numpy as np
 from ftrun import events
 from ftrun.config import Config
 from ftrun.data import Mix, Packing, mix, sources
-from ftrun.data.rows import Message
 from ftrun.errors import ConfigError, Problem
 from ftrun.worker import pack, store
 from ftrun.worker.store import Report, StoredRows
@@ -79,7 +78,7 @@ class Rows:
     evals: dict[str, Any] = field(default_factory=dict)
     """The sets to evaluate on; the one without a name is ``""``."""
 
-    eval_prompts: list[list[Message]] = field(default_factory=list)
+    eval_prompts: list[store.Prompt] = field(default_factory=list)
     """What comes before the last reply, for the first evaluation rows."""
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -184,7 +183,7 @@ def _mixed(cfg: Config, stores: Sequence[StoredRows], weights: list[float], kept
     return Selected(stores, flat[:, 0].astype(np.int16), np.concatenate(kept)[starts[flat[:, 0]] + flat[:, 1]])
 
 
-def _prompts(found: Selected) -> list[list[Message]]:
+def _prompts(found: Selected) -> list[store.Prompt]:
     """Return prompts of a set's rows; of rows that were held out, those of the set they come from."""
     return [prompt for stored in found.stores for prompt in stored.report.prompts]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+_THINKING_LOST = "the thinking"
 _OTHER_TEMPLATE = "template=NAME (`ftrun list template`) instead of the tokenizer's own"
 
 
@@ -91,6 +92,12 @@ class Renderer:
 
     def _own(self, messages: list[Message], item: Conversation, first: int) -> list[list[Piece]]:
         own = _Own(self, messages, item)
+        found = self._written_by(own, messages, item, first)
+        for pieces in found:
+            own.refuse_losses(pieces)
+        return found
+
+    def _written_by(self, own: _Own, messages: list[Message], item: Conversation, first: int) -> list[list[Piece]]:
         if self._marked:
             return [own.marked()]
         replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -278,6 +285,24 @@ class _Own:
             done = end
         return [*pieces, Piece(text[done:], Kind.after, -1)]
 
+    def refuse_losses(self, pieces: list[Piece]) -> None:
+        """See to it that the template has left nothing out: some know no tools, thinking or system message.
+
+        Raises:
+            BadRow: With what is not in the text.
+        """
+        text = "".join(piece.text for piece in pieces)
+        replies = {piece.message: piece.text for piece in pieces if piece.kind is Kind.reply}
+        for index, message in enumerate(self._messages[: max(replies, default=-1) + 1]):
+            lost = "" if _holds(text, message["content"]) else f"the {message['role']} message"
+            if (reply := replies.get(index)) is not None:
+                lost = lost or _lost_of_reply(reply, message)
+            if lost:
+                strip = "data.reasoning=strip, or " if lost == _THINKING_LOST else ""
+                raise BadRow(self._item.row, f"the chat template leaves out {lost}", f"{strip}{_OTHER_TEMPLATE}")
+        if any(name not in text for name in map(_name_of, self._item.tools or ())):
+            raise BadRow(self._item.row, "the chat template leaves out the tools", _OTHER_TEMPLATE)
+
     def render(self, count: int, *, opening: bool = False) -> str:
         """Return the first ``count`` messages as the chat template writes them, and the opening of a reply."""
         if not count and not opening:
@@ -338,6 +363,29 @@ def dated(chat_template: str, date: str | None) -> str:
         return chat_template
     day = datetime.date.fromisoformat(date)
     return _TODAY.sub(lambda found: json.dumps(day.strftime(found[2])), chat_template)
+
+
+def _holds(text: str, content: Any) -> bool:
+    """Tell whether a message's words are in a rendered text, as they are or as JSON; thinking is not asked for."""
+    if not isinstance(content, str):
+        return True
+    words = content.rpartition("</think>")[2].strip()
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text or json.dumps(words)[1:-1] in text
+
+
+def _lost_of_reply(text: str, message: Message) -> str:
+    """Return what of a reply, besides its words, is not in its rendered text."""
+    if not _holds(text, message.get("reasoning_content")):
+        return _THINKING_LOST
+    if any(name not in text for name in map(_name_of, message.get("tool_calls") or ())):
+        return "the tool calls"
+    return ""
+
+
+def _name_of(tool: Any) -> str:
+    """Return the name of a tool or of a call, in OpenAI's form or bare."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
 def thinks(message: Message) -> bool:

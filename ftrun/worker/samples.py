@@ -8,8 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from ftrun import events, record
-from ftrun.data.rows import Message, Row
+from ftrun.data.rows import BadRow, Row
+from ftrun.errors import ConfigError
 from ftrun.worker.encode import RowEncoder
+from ftrun.worker.store import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
 class Samples(TrainerCallback):
     """Replies to the same prompts at each evaluation, and writes them down."""
 
-    def __init__(self, run: Run, prompts: list[list[Message]], max_new_tokens: int) -> None:
+    def __init__(self, run: Run, prompts: list[Prompt], max_new_tokens: int) -> None:
         self.run, self.prompts, self.max_new_tokens = run, prompts, max_new_tokens
         encoder = RowEncoder(run.cfg, run.tokenizer)
-        row = Row({}, "stage.sample_prompts", 0)
-        self._prompt_ids = [encoder.prompt_ids(prompt, row) for prompt in prompts]
+        row = Row({}, "stage.sample_prompts", 1)
+        try:
+            self._prompt_ids = [encoder.prompt_ids(prompt.messages, row, prompt.tools) for prompt in prompts]
+        except BadRow as bad:
+            raise ConfigError([bad.problem]) from None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Generate the replies on the first process."""
@@ -38,7 +43,7 @@ class Samples(TrainerCallback):
             stop=self.run.cfg.template.stop,
         )
         lines = [
-            {"step": state.global_step, "prompt": prompt[-1]["content"], "reply": text}
+            {"step": state.global_step, "prompt": prompt.messages[-1]["content"], "reply": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
         for line in lines:

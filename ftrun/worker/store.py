@@ -51,6 +51,14 @@ _WORTH_PROCESSES = 8_000_000
 """Bytes of a source from which on several processes tokenise it, where the config does not say how many."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What a reply is wanted to."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+
 @dataclass
 class Report:
     """What became of a source's rows."""
@@ -71,7 +79,7 @@ class Report:
     problems: list[dict[str, str]] = field(default_factory=list)
     """The first bad rows."""
 
-    prompts: list[list[Message]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     """What comes before the last reply, of the first conversations."""
 
     weighted: bool = False
@@ -145,12 +153,15 @@ class Report:
 
     def saved(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {**vars(self), "skipped": dict(self.skipped), "media": dict(self.media)}
+        plain = {"prompts": [dataclasses.asdict(prompt) for prompt in self.prompts]}
+        return {**vars(self), **plain, "skipped": dict(self.skipped), "media": dict(self.media)}
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Report:
         """Return a report that was saved as JSON."""
-        return cls(**saved | {"skipped": Counter(saved["skipped"]), "media": Counter(saved["media"])})
+        prompts = [Prompt(**prompt) for prompt in saved["prompts"]]
+        counts = {name: Counter(saved[name]) for name in ("skipped", "media")}
+        return cls(**saved | counts | {"prompts": prompts})
 
 
 def folder() -> Path:
@@ -407,7 +418,7 @@ class _Part:
             if isinstance(item, Conversation) and not item.media:
                 replies = [i for i, message in enumerate(item.messages) if message["role"] == "assistant"]
                 if replies and replies[-1]:
-                    self.report.prompts.append(item.messages[: replies[-1]])
+                    self.report.prompts.append(Prompt(item.messages[: replies[-1]], item.tools))
 
 
 _MEDIUM = pa.struct(

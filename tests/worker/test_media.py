@@ -404,6 +404,44 @@ def test_a_video_of_frames(pictures):
         videos.load(sorted(map(str, frames.iterdir())), frames=True)
 
 
+VIDEO = {"messages": [{"role": "user", "content": "<video>what"}, TEXT["messages"][1]], "videos": ["clip"]}
+
+
+def clip(folder: Path) -> np.ndarray[Any, Any]:
+    """Write a video as a folder of frames, and return them."""
+    (folder / "clip").mkdir()
+    frames = np.stack([np.full((32, 40, 3), 40 * number, np.uint8) for number in range(4)])
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / "clip" / f"{number}.png")
+    return frames
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_videos_with_torchvision(family, models, pictures):
+    pytest.importorskip("torchvision")
+    tokenizer = processor.load_tokenizer(models(family), {})
+    frames, media = clip(pictures), processor.of(tokenizer)
+    batch = batch_of(tokenizer, trained(encoded(tokenizer, pictures, VIDEO)))
+    user, reply = "<|vision_start|><|video_pad|><|vision_end|>what", "it"
+    text = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>\n"
+    expected = media.processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    torch.testing.assert_close(batch["pixel_values_videos"], expected["pixel_values_videos"])
+    assert torch.isfinite(processor_model(models(family))(**batches.model_inputs(batch)).logits).all()
+    (expansion,), more = media.expand("video", [videos.Video(frames, fps=2.0)])
+    assert len(expansion.ids) >= 4
+    assert more["video_grid_thw"].shape == (1, 3)
+
+
+def test_videos_without_torchvision_are_refused(models, pictures):
+    tokenizer = processor.load_tokenizer(models("qwen2_vl"), {})
+    if "video" in processor.of(tokenizer).tokens:
+        pytest.skip("torchvision is installed")
+    clip(pictures)
+    found = encoded(tokenizer, pictures, VIDEO)
+    assert "it takes image, for want of the package torchvision" in found.problem.message
+
+
 @pytest.mark.parametrize("family", vision_models.IMAGES)
 def test_the_parts_that_only_media_go_through(family, models):
     model = processor_model(models(family))
@@ -420,6 +458,25 @@ def test_a_model_of_text_has_no_such_parts():
     from ftrun.worker import builtin
 
     assert encoders.parameters(builtin.model({"dtype": torch.float32})) == {}
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_parts_for_media_train_only_if_asked(adapter, models):
+    from ftrun import plugin
+    from ftrun.worker import builtin
+
+    def trained_weights(model: Any, **options: Any) -> set[str]:
+        adapted = plugin.get("adapter", adapter)(**options).apply(model, SimpleNamespace(is_main=True))
+        return {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+
+    without = trained_weights(processor_model(models("qwen2_vl")))
+    assert without
+    assert not any("visual" in name for name in without)
+    with_them = trained_weights(processor_model(models("qwen2_vl")), media_encoders=True)
+    assert without < with_them
+    assert all("visual" in name for name in with_them - without)
+    with pytest.raises(ConfigError, match="takes text alone"):
+        trained_weights(builtin.model({"dtype": torch.float32}), media_encoders=True)
 
 
 def test_a_processor_is_saved_and_loaded_again(models, tmp_path):

@@ -261,3 +261,31 @@ def test_a_tokenizer_may_have_a_template_for_tools():
     found = renderer()
     found.tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
     assert [found.own_template(None), found.own_template([{"name": "f"}])] == ["plain", "tools"]
+
+
+PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+@pytest.mark.parametrize(
+    ("what", "messages", "more"),
+    [
+        ("the tool calls", [TWO_TURNS[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}], {}),
+        ("the thinking", [TWO_TURNS[1], {**TWO_TURNS[2], "reasoning_content": "hm"}], {}),
+        ("the tools", TWO_TURNS[1:3], {"tools": [{"type": "function", "function": {"name": "weather"}}]}),
+        ("the system message", TWO_TURNS, {}),
+    ],
+)
+def test_a_template_that_leaves_something_out_is_noticed(what, messages, more):
+    without_system = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    template = without_system + PLAIN_TEMPLATE if what == "the system message" else PLAIN_TEMPLATE
+    with pytest.raises(BadRow, match=f"the chat template leaves out {what}"):
+        renderer(template).sequences(conversation(messages, **more))
+
+
+def test_a_template_that_writes_a_message_as_json_leaves_nothing_out():
+    as_json = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    messages = [{"role": "user", "content": 'Say "hi"\nand é'}, {"role": "assistant", "content": "hi"}]
+    assert len(renderer(as_json).sequences(conversation(messages))) == 1

@@ -69,9 +69,11 @@ class MediaProcessor:
         """Return how the model's own chat template writes a medium between two texts."""
         token = self.tokens[kind]
         parts = [{"type": "text", "text": "before7"}, {"type": kind}, {"type": "text", "text": "after7"}]
-        if not self.processor.chat_template:
+        own = chat_template(self.processor)
+        if not own:
             return token
-        whole = self.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+        message = {"role": "user", "content": parts}
+        whole = self.processor.tokenizer.apply_chat_template([message], chat_template=own, tokenize=False)
         between = str(whole).partition("before7")[2].partition("after7")[0]
         return between if token in between else token
 
@@ -154,10 +156,15 @@ def load_tokenizer(files: str, arguments: Mapping[str, Any]) -> PreTrainedTokeni
         return None
     processor = _load(files, arguments, config)
     tokenizer = processor.tokenizer
-    own = processor.chat_template
-    tokenizer.chat_template = (own.get("default") if isinstance(own, dict) else own) or tokenizer.chat_template
+    tokenizer.chat_template = chat_template(processor) or tokenizer.chat_template
     tokenizer.media_processor = MediaProcessor(processor, config)
     return tokenizer
+
+
+def chat_template(processor: Any) -> str | None:
+    """Return a processor's own chat template, if it has one: of several, that for all that is not special."""
+    own = processor.chat_template
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def multimodal_config(files: str, arguments: Mapping[str, Any]) -> Any:
@@ -175,10 +182,11 @@ def multimodal_config(files: str, arguments: Mapping[str, Any]) -> Any:
 
 def _load(files: str, arguments: Mapping[str, Any], config: Any) -> Any:
     """Load a processor; without the package torchvision, one that does not take videos."""
-    from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
     try:
+        from transformers import AutoProcessor  # which fails if torchvision is there and does not fit torch
+
         try:
             return _complete(AutoProcessor.from_pretrained(files, **arguments))
         except (ImportError, ValueError):

@@ -21,11 +21,18 @@ class Full(Adapter):
     trains_base_weights: ClassVar[bool] = True
     name: str = "full"
 
+    media_encoders: bool = False
+    """Train also what turns media into embeddings in a multimodal model: vision tower, projector."""
+
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
-        """Return the model, everything trainable; of a multimodal one, its language model."""
+        """Return the model, everything trainable; of a multimodal one, its language model at least.
+
+        Raises:
+            ConfigError: ``media_encoders``, and the model has none.
+        """
         from ftrun.worker.media import encoders
 
         model.requires_grad_(True)
-        for weight in encoders.parameters(model).values():
-            weight.requires_grad_(False)
+        for weight in encoders.parameters(model, wanted=self.media_encoders).values():
+            weight.requires_grad_(self.media_encoders)
         return model

@@ -64,6 +64,9 @@ class LoRA(Adapter):
     """The linear layers that get an update: names (``[q_proj,v_proj]``), or all but the head. Of a multimodal model,
     those of its language model."""
 
+    media_encoders: bool = False
+    """Put updates also into what turns media into embeddings in a multimodal model: vision tower, projector."""
+
     exclude: list[str] = field(default_factory=list)
     """Layers to leave alone among the targets."""
 
@@ -119,11 +122,12 @@ class LoRA(Adapter):
 
         self._check_names(model)
         config = self._config()
-        if of_media := encoders.linear_layers(model):
+        of_media = encoders.linear_layers(model, wanted=self.media_encoders)
+        if of_media and not self.media_encoders:
             config.exclude_modules = [*self.exclude, *of_media]
         if self.init is Init.lora_ga:
             if self.targets == ["all-linear"]:  # which only get_peft_model understands
-                config.target_modules = _linear_layers(model)
+                config.target_modules = _linear_layers(model) - set(config.exclude_modules or ())
             from peft.tuners.lora.loraga import preprocess_loraga
 
             preprocess_loraga(model, config, train_step=lambda: _accumulate_gradients(model, run, self.init_batches))
@@ -203,11 +207,8 @@ def _linear_layers(model: nn.Module) -> set[str]:
     """Return the names of the linear layers that peft calls all-linear: all but the output head."""
     from torch import nn
 
-    from ftrun.worker.media import encoders
-
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    return linear - set(encoders.linear_layers(model))
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
 
 
 def _start_folder(run: Run) -> Path:

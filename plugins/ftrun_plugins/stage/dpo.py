@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ftrun.data import MESSAGES, ROWS
 from ftrun.fields import ranged
 from ftrun.plugin import Stage, register
 
@@ -22,10 +23,7 @@ class DPO(Stage):
     default_data: ClassVar[str] = "demo:preferences"
     default_lr: ClassVar[float] = 1e-6
     rows: ClassVar[str] = "pairs"
-    reads: ClassVar[tuple[str, ...]] = (
-        "model.*", "template.*", "train.*", "data.path", "data.rows", "data.sources", "data.format", "data.max_length",
-        "data.eval_*", "data.on_bad_row",
-    )  # fmt: skip
+    reads: ClassVar[tuple[str, ...]] = ("model.*", "template.*", "train.*", *ROWS, *MESSAGES)
     metrics: ClassVar[tuple[str, ...]] = (
         "eval_loss", "loss", "eval_rewards_accuracies", "eval_rewards_margins", "rewards_accuracies", "rewards_margins",
     )  # fmt: skip

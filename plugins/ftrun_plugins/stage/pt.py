@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ftrun.data import ROWS
 from ftrun.plugin import Stage, register
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ class Pretrain(Stage):
     default_data: ClassVar[str] = "demo:text"
     rows: ClassVar[str] = "texts"
     reads: ClassVar[tuple[str, ...]] = (
-        "model.*", "train.*", "data.path", "data.rows", "data.sources", "data.format", "data.max_length",
-        "data.packing", "data.eval_*", "data.on_bad_row",
+        "model.*", "train.*", *ROWS, "data.packing", "data.streaming", "data.shuffle_buffer",
     )  # fmt: skip
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss", "eval_perplexity", "eval_token_accuracy")
     name: str = "pt"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from ftrun.data import Packing
-from ftrun.errors import Problem
 from ftrun.fields import ranged
-from ftrun.model import Attention
 from ftrun.plugin import Stage, register
 
 if TYPE_CHECKING:
@@ -41,16 +38,6 @@ class SFT(Stage):
     sample_tokens: int = ranged(48, ge=1)
     """Longest sample reply, in tokens."""
 
-    def check(self, cfg: Config) -> Iterator[Problem]:
-        """Packed rows are kept apart by their positions, which not every kernel looks at."""
-        if (
-            cfg.data.packing is not Packing.none
-            and cfg.model.attention is Attention.eager
-            and cfg.model.trust_remote_code
-        ):
-            why = "a model's own attention code may not keep packed rows apart"
-            yield Problem("data.packing", why, "data.packing=none, or model.attention=sdpa")
-
     def run(self, cfg: Config) -> Result:
         """Load, encode, train, and say how it went."""
         from ftrun.worker import training
@@ -62,6 +49,7 @@ class SFT(Stage):
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
         """Show sample replies at each evaluation."""
         from ftrun.worker.samples import Samples
+        from ftrun.worker.store import Prompt
 
-        own = [[{"role": "user", "content": text}] for text in self.sample_prompts]
+        own = [Prompt([{"role": "user", "content": text}]) for text in self.sample_prompts]
         return [Samples(run, own or run.rows.eval_prompts[: self.num_samples], self.sample_tokens)]

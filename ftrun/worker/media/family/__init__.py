@@ -39,11 +39,12 @@ class Family:
         return joined([self.process_video(processor, token, video) for video in opened])
 
     def process_video(self, processor: Any, token: str, video: Any) -> dict[str, Any]:
-        """Return what the processor makes of one video; what is a list of frames is taken whole."""
-        more: dict[str, Any] = {"do_sample_frames": video.fps is not None}
+        """Return what the processor makes of one video: of a file the frames that its settings choose, of a list all."""
+        more: dict[str, Any] = {"do_sample_frames": False}
         if video.fps is not None:
             count = len(video.frames)
-            more["video_metadata"] = [{"total_num_frames": count, "fps": video.fps, "duration": count / video.fps}]
+            known = {"total_num_frames": count, "fps": video.fps, "duration": count / video.fps}
+            more = {"video_metadata": [known | {"frames_indices": list(range(count))}]}
         return dict(processor(text=[token], videos=[video.frames], add_special_tokens=False, **more))
 
 
