@@ -100,11 +100,6 @@ class Config:
             ConfigError: The file is damaged or of another version, or a plugin in it is not installed here.
         """
         saved = _read(path)
-        if (found := saved.get("schema_version")) != SCHEMA_VERSION:
-            message = f"is of version {found}, and this ftrun reads version {SCHEMA_VERSION}"
-            raise ConfigError(
-                [Problem(str(path), message, "the ftrun that wrote it (its version is in manifest.json)")]
-            )
         try:
             for file in saved.plugins:
                 plugin.load_file(path.parent / file)
@@ -133,11 +128,16 @@ def _read(path: Path) -> DictConfig:
     """Read a saved tree as it stands there.
 
     Raises:
-        ConfigError: It cannot be read, is damaged, or is not whole.
+        ConfigError: It cannot be read, is damaged, of another version, or not whole.
     """
+    fix = _ANOTHER_COPY
     try:
         saved = OmegaConf.load(path)
-        why = _missing_from(saved)
+        why = _damage(saved)
+        if not why and (found := saved.get("schema_version")) != SCHEMA_VERSION:
+            why = f"is of version {found}, and this ftrun reads version {SCHEMA_VERSION}"
+            fix = "the ftrun that wrote it (its version is in manifest.json)"
+        why = why or _lack(saved)
     except UnicodeDecodeError as error:
         why = f"is damaged: byte {error.start} is not UTF-8 text"
     except YAMLError as error:
@@ -149,18 +149,23 @@ def _read(path: Path) -> DictConfig:
     except OmegaConfBaseException as error:
         why = f"is damaged: {str(error).splitlines()[0]}"
     if why:
-        raise ConfigError([Problem(str(path), why, _ANOTHER_COPY)])
+        raise ConfigError([Problem(str(path), why, fix)])
     return cast(DictConfig, saved)
 
 
-def _missing_from(saved: DictConfig | ListConfig) -> str:
-    """Say what a saved tree lacks. Of a file that was cut off that is the version, which is its last line."""
+def _damage(saved: DictConfig | ListConfig) -> str:
+    """Say in what a saved tree is none of any version. One that was cut off has no version, which is its last line."""
     if not isinstance(saved, DictConfig):
         return "is damaged: it is not KEY: VALUE"
     if not saved:
         return "is empty"
     if saved.get("schema_version") is None:
         return "is not whole: it has no schema_version, which is its last line"
+    return ""
+
+
+def _lack(saved: DictConfig | ListConfig) -> str:
+    """Say what a saved tree of this version lacks."""
     if lacking := [key.name for key in dataclasses.fields(Config) if key.name not in saved]:
         return f"is not whole: it has no {lacking[0]}"
     for group in _CHOSEN:

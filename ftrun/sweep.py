@@ -81,17 +81,18 @@ def check(words: Sequence[str]) -> list[Job]:
     """
     jobs = list(grid(words))
     examined, on_disk = _Examined(), _OnDisk()
-    problems: list[Problem] = []
-    bad_jobs = 0
+    problems: dict[Problem, None] = {}
+    repeated = 0
     for job in jobs:
         cfg, found = examined.examine(job)
         found = [*found, *(on_disk.problems(cfg) if cfg else ())]
-        problems += found
-        bad_jobs += bool(found)
-        if bad_jobs == _BAD_JOBS:
+        is_new = any(problem not in problems for problem in found)
+        problems |= dict.fromkeys(found)
+        repeated = 0 if is_new else repeated + bool(found)
+        if repeated == _REPEATED:
             break
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(problems))
     return jobs
 
 
@@ -101,8 +102,8 @@ MOST_JOBS = 10_000
 _MOST_VALUES = 200_000
 """Of one word, more are not even counted."""
 
-_BAD_JOBS = 100
-"""After so many wrong points, the others are not looked at: they are most likely wrong in the same way."""
+_REPEATED = 20
+"""After so many points that are wrong in ways that are known, the others are not looked at."""
 
 
 class _Examined:
@@ -138,12 +139,8 @@ class _Examined:
         if word not in self._parsed:
             self._parsed[word] = OverridesParser.create().parse_override(word)
         override = self._parsed[word]
-        is_change = (
-            override.type is OverrideType.CHANGE
-            and override.package is None
-            and override.key_or_group not in options.GROUPS
-        )
-        value = override.value() if is_change else None
+        is_key = override.package is None and override.key_or_group not in options.GROUPS
+        value = override.value() if is_key and override.type is OverrideType.CHANGE else None
         is_plain = isinstance(value, int | float | str) and "${" not in str(value) and value != MISSING
         return override if is_plain else None
 

@@ -206,6 +206,16 @@ def test_the_learning_rate_is_the_stages_times_the_adapters(words, rate):
     assert composed(*words.split()).optimizer.lr == pytest.approx(rate, rel=1e-12)
 
 
+def test_a_default_learning_rate_is_a_round_number():
+    assert "lr: 1.0e-05\n" in composed("stage=dpo", "adapter=lora").to_yaml()
+
+
+def test_a_preset_of_ones_own_may_offer_sizes(write):
+    write("conf/model/mine.yaml", "size: small\nsizes:\n  small: org/small\n  large: org/large\n")
+    assert composed("model=mine").model.path == "org/small"
+    assert composed("model=mine", "model.size=large").model.path == "org/large"
+
+
 def test_text_may_be_quoted_and_may_hold_anything(write):
     for text in ("a b", "a,b", "a=b", "[a]", "{a: b}", "ä", "it's", 'say "x"', "null", "3", "true", "a: b", "#x", "$x"):
         quoted = text.replace("'", "\\'")

@@ -137,6 +137,14 @@ def test_rows_are_understood(form, line, tmp_path):
         assert understand(row, kind, form) == understand(row, kind)
 
 
+def test_rows_with_media_have_the_media_that_they_name(tmp_path):
+    for block in blocks(ROOT / "docs" / "multimodal.md", "json"):
+        (tmp_path / "rows.jsonl").write_text(block)
+        for row in read(tmp_path / "rows.jsonl"):
+            (item,) = understand(row, "conversations")
+            assert item.media
+
+
 def test_every_format_has_rows_and_every_column_and_role_its_word():
     assert {case.values[0] for case in rows_of_formats()} == set(LAYOUTS)
     words = set(re.findall(r"`(\w+)`", prose(FORMATS)))

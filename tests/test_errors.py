@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+import ftrun
 from ftrun import config, options, words
+from ftrun.errors import ConfigError
 
 SECRET = "b5c0ffee00d1e5e1b5c0ffee00d1e5e1b5c0ffee"
 
@@ -44,6 +46,18 @@ PARTS = [{"type": "text", "text": "What is this?"}]
 PAIR = {"prompt": "Hello?", "chosen": "Hello.", "rejected": "Go."}
 GLOBAL = "# @package _global_\n"
 PLUGIN_GROUP = "defaults: [adamw, _self_]\n"
+
+
+def model_folder(*left_out: str) -> dict[str, str | bytes]:
+    """Return the files of a model's folder, as far as they are looked at without loading them."""
+    files = {"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}", "model.safetensors": ""}
+    return {f"here/{name}": text for name, text in files.items() if name not in left_out}
+
+
+SHARDS: dict[str, str | bytes] = {
+    "here/model.safetensors.index.json": '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}',
+    "here/a.safetensors": "",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,12 @@ KEYS = [
     case("name is not typed with ++", "check ++stage.name=dpo", "stage.name: ", "cannot be typed", "fix: stage="),
     case("name of a tracker is not typed", "check tracker.none.name=x", "tracker.none.name: ", "cannot be typed"),
     case("the schema's version is not typed", "check schema_version=2", "schema_version: ", "cannot be typed", "leave"),
+    case("a family's sizes are not typed", "check model=qwen2 model.sizes.9B=x/y model.size=9B", "model.sizes.9B: ",
+         "cannot be typed", "conf/model"),
+    case("a family's sizes are not typed with +", "check model=tiny +model.sizes.x=y", "model.sizes.x: ",
+         "cannot be typed"),
+    case("a family's sizes are not typed as a whole", "check model=tiny model.sizes={x:y}", "model.sizes: ",
+         "cannot be typed"),
     case("deleted key", "check ~optimizer.lr", "~optimizer.lr: ", "optimizer.lr="),
     case("deleted group", "check ~tracker", "~tracker: ", "tracker="),
     case("Hydra's own key", "check hydra.run.dir=x", "hydra.run.dir: ", "output_dir="),
@@ -216,6 +236,12 @@ VALUES = [
     case("precision that the device does not have", "check hardware=cpu train.precision=fp16", "train.precision: ",
          "needs a GPU", "bf16"),
     case("neither a share nor a count", "check train.warmup=1.5", "train.warmup: 1.5 is neither", "share"),
+    case("more steps of warm-up than steps", "check train.warmup=100 train.max_steps=10", "train.warmup: 100 steps",
+         "train.max_steps=10", "up to 10"),
+    case("Jinja text that is broken", ["check", "template.chat_template='{% if x %}\n{% endfor %}'"],
+         "template.chat_template: line 2 is not Jinja: ", "endfor", "mend the line"),
+    case("Jinja text with an unknown filter", ["check", "template.chat_template='{{ messages | nothing }}'"],
+         "template.chat_template: line 1 is not Jinja: ", "nothing"),
     case("metric that the stage does not have", "check stage=dpo objective=eval_los", "objective: ", "stage=dpo",
          "did you mean eval_loss", "eval_rewards_accuracies"),
     case("format that the stage does not read", "check data.format=text data=text", "data.format: ", "stage=sft",
@@ -242,6 +268,47 @@ MODELS = [
          files={"here/": ""}),
     case("model folder with something else", "check model.path=here", "model.path: here is no model", "rows.jsonl",
          files={"here/rows.jsonl": ""}),
+    case("model folder without model_type", "check model.path=here", "here/config.json: has no model_type",
+         files=model_folder("config.json") | {"here/config.json": "{}"}),
+    case("model folder with a broken config.json", "check model.path=here", "here/config.json: is not JSON",
+         files=model_folder("config.json") | {"here/config.json": '{"model_type": '}),
+    case("model folder with a config.json that is not text", "check model.path=here", "here/config.json: is not UTF-8",
+         files=model_folder("config.json") | {"here/config.json": b"\xff\xfe{"}),
+    case("model folder with a list for a config.json", "check model.path=here", "here/config.json: is not a JSON obj",
+         files=model_folder("config.json") | {"here/config.json": "[]"}),
+    case("model folder without a tokenizer", "check model.path=here", "model.path: here has no tokenizer",
+         "tokenizer.json", files=model_folder("tokenizer.json")),
+    case("model folder without weights", "check model.path=here", "model.path: here has no weights",
+         "model.safetensors", files=model_folder("model.safetensors")),
+    case("model folder with half of its weights", "check model.path=here", "model.path: here has not all of its weight",
+         "1 files are missing, first b.safetensors", files=model_folder("model.safetensors") | SHARDS),
+    case("model folder with a broken index", "check model.path=here", "here/model.safetensors.index.json: is not JSON",
+         files=model_folder("model.safetensors") | {"here/model.safetensors.index.json": "{"}),
+    case("adapter without its kind", "check model.path=here", "here/adapter_config.json: has no peft_type",
+         files=model_folder("config.json", "model.safetensors")
+         | {"here/adapter_config.json": "{}", "here/adapter_model.safetensors": ""}),
+    case("adapter without weights", "check model.path=here", "model.path: here has no weights", "adapter_model.safete",
+         files=model_folder() | {"here/adapter_config.json": '{"peft_type": "LORA"}'}),
+    case("GGUF file that is none", "check model.path=here.gguf", "model.path: here.gguf is no GGUF file", "copied",
+         files={"here.gguf": "<html>"}),
+    case("empty GGUF file", "check model.path=here.gguf", "model.path: here.gguf is no GGUF file",
+         files={"here.gguf": ""}),
+    case("model of ftrun's own from the hub", "check model=tiny model.source=hub", "model.source: builtin:tiny is ",
+         "not a model on the hub", "model.source=auto"),
+    case("model of ftrun's own as a folder", "check model=tiny model.source=folder", "model.source: builtin:tiny is ",
+         "not a folder"),
+    case("folder as a file", "check model.path=here model.source=gguf", "model.source: here is a folder, not a file",
+         files=model_folder()),
+    case("folder as a run", "check model.path=here model.source=run", "model.source: here is a folder, not the folder",
+         files=model_folder()),
+    case("file from the hub", "check model.path=here.gguf model.source=hub", "model.source: here.gguf is a file, not ",
+         files={"here.gguf": "GGUF"}),
+    case("model on the hub as one of ftrun's own", "check model.path=a/b model.source=builtin", "model.source: a/b is ",
+         "not a model that ships with ftrun"),
+    case("model on the hub as a folder", "check model.path=a/b model.source=folder", "model.path: there is no folder"),
+    case("hub id with two dashes", "check model.path=a--b", "model.path: ", "no hub id looks like that"),
+    case("model path with a name that is too long", ["check", f"model.path={'x' * 300}"], "model.path: xxx",
+         "cannot be read: File name too long", never=("x" * 150,)),
     case("model that is a file", "check model.path=model.bin", "model.path: model.bin is a file", "config.json",
          files={"model.bin": "x"}),
     case("run without a model", "check model.path=old", "model.path: ", "left no model", "failed", "ftrun resume old",
@@ -344,6 +411,20 @@ DATA = [
     case("folder of evaluation rows only", "check data.path=here", "data.path: ", "here", "evaluat",
          files={"here/test.jsonl": lines(GOOD)}),
     case("glob without a match", "check data.path=*.jsonl", "data.path: no file matches *.jsonl", "glob"),
+    case("data path with a name that is too long", ["check", f"data.path={'x' * 300}.jsonl"], "data.path: xxx",
+         "cannot be read: File name too long", never=("x" * 150,)),
+    case("data path with a NUL", ["check", "data.path='a\0b.jsonl'"], "data.path: a\\x00b.jsonl cannot be read: a NUL",
+         never=("\0",)),
+    case("more rows held out than there are", "check data.path=a.jsonl data.eval_size=3", "data.eval_size: 3 rows ",
+         "there are 3", "less than 3", files={"a.jsonl": lines(*[GOOD] * 3)}),
+    case("more rows held out than are used", "check data.path=a.jsonl data.rows=2 data.eval_size=2", "data.eval_size: ",
+         "there are 2", files={"a.jsonl": lines(*[GOOD] * 9)}),
+    case("more rows held out than several files have",
+         "check data.sources=[{path:a.jsonl},{path:here,rows:3}] data.eval_size=9", "data.eval_size: 9 rows ",
+         "there are 5",
+         files={"a.jsonl": lines(*[GOOD] * 2), "here/a.jsonl": lines(*[GOOD] * 2), "here/b.jsonl": lines(*[GOOD] * 2)}),
+    case("a share of one row held out", "check data.path=a.jsonl data.eval_size=0.1", "data.eval_size: 1 rows ",
+         files={"a.jsonl": lines(GOOD)}),
     case("unknown demo set", "check data.path=demo:identit", "data.path: ", "no data set identit",
          "did you mean identity", "demo:preferences"),
     case("chat rows for a preference stage", "check stage=dpo data.path=a.jsonl", "a.jsonl:1: ", "messages",
@@ -474,6 +555,17 @@ SWEEPS = [
          "adapter: there is no adapter ful", "did you mean full"),
     case("grid without an end", "check -m optimizer.lr=interval(0,1)", "optimizer.lr: ", "interval(0,1) has no end",
          "optimizer.lr=VALUE,VALUE"),
+    case("grid that is too large", "check -m model=tiny seed=range(0,100000)", "-m: the grid has 100,000 runs",
+         "10,000"),
+    case("grid that is far too large", "check -m model=tiny seed=range(0,100000000) data.rows=1,2",
+         "-m: the grid has at least 400,000 runs", "10,000"),
+    case("large grid with a wrong key", "check -m model=tiny sed=range(0,3000)", "sed: is not a key", "seed"),
+    case("large grid with a wrong value", "check -m model=tiny seed=range(1,1000) train.epochs=1,many",
+         "train.epochs: 'many' is not a number"),
+    case("large grid with a value out of range", "check -m model=tiny seed=range(1,1000) train.epochs=1,-1",
+         "train.epochs: -1.0 is out of range"),
+    case("grid with a file that is not there", "check -m model=tiny seed=1,2 data.path=demo:identity,a.jsonl",
+         "data.path: there is no file a.jsonl"),
     case("grid of nothing", "check -m", "-m: ", "VALUE,VALUE", never=("m=VALUE, without",)),
     case("sweep that there is not", "check -m sweep=lora_rnk", "sweep: there is no sweep lora_rnk",
          "did you mean lora_rank", "learning_rate"),
@@ -603,6 +695,77 @@ def test_two_plugin_files_of_one_name_are_two(driver, write):
     write("a/same.py", plugin_file("", name="name: str = 'from_a'"))
     write("b/same.py", plugin_file("", name="name: str = 'from_b'"))
     assert driver("check", "model=tiny", "plugins=[a/same.py,b/same.py]", "optimizer=from_b").code == 0
+
+
+def test_links_in_a_circle_are_named(driver, tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("a.jsonl")
+    done = driver("check", "model=tiny", "data.path=a.jsonl")
+    assert done.code == 2
+    assert problems_of(done.err)[0].startswith("data.path: a.jsonl cannot be read: Too many levels of symbolic links")
+
+
+def test_rows_that_nobody_has_counted_are_not_missed(driver, write):
+    write("a.jsonl", lines(*[GOOD] * 1500))
+    done = driver("check", "model=tiny", "data.path=a.jsonl", "data.eval_size=1200")
+    assert done.code == 0, done.err
+
+
+def test_a_recipe_may_be_shorter_than_the_warm_up(driver):
+    assert driver("check", "model=tiny", "train.warmup=100", "debug=smoke").code == 0
+    assert driver("check", "model=tiny", "train.warmup=10", "train.max_steps=10").code == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["{% generation %}x{% endgeneration %}", "{% for m in messages %}{% break %}{% endfor %}{{ x | tojson }}"]
+)
+def test_jinja_as_transformers_takes_it_is_no_mistake(text, driver):
+    done = driver("check", "model=tiny", f"template.chat_template='{text}'")
+    assert done.code == 0, done.err
+
+
+DAMAGED = {
+    "empty": (b"", "is empty"),
+    "not UTF-8": (b"seed: 1\nobjective: caf\xe9\n", "is damaged: byte 22 is not UTF-8"),
+    "not YAML": (b"seed: 1\nmodel: [\n", "is damaged: it is not YAML in line 3"),
+    "zeros": (b"\0" * 4096, "is damaged: it is not YAML"),
+    "a list": (b"- a\n", "is damaged: it is not KEY: VALUE"),
+    "one key": (b"schema_version: 1\n", "is not whole: it has no stage"),
+    "another version": (b"schema_version: 7\n", "is of version 7, and this ftrun reads version 1"),
+}
+
+
+def damaged_run(content: str | bytes, driver, write) -> str:
+    """Resume a run whose run.yaml is as given, and return the problem."""
+    file = write("old/run.yaml", content)
+    done = driver("resume", "old")
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err
+    (problem,) = problems_of(done.err)
+    assert problem.startswith(f"old/{file.name}: "), problem
+    assert "manifest.json" in problem
+    return problem
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_run_file_is_named(name, driver, write):
+    content, says = DAMAGED[name]
+    assert says in damaged_run(content, driver, write)
+
+
+def test_an_incomplete_run_file_is_named(driver, write):
+    whole = config.compose(["model=tiny", "output_dir=old"]).to_yaml()
+    for at in range(1, len(whole) - 1, len(whole) // 40):
+        damaged_run(whole[:at], driver, write)
+    assert "no schema_version" in damaged_run(whole.rpartition("schema_version")[0], driver, write)
+    assert "has no plugins" in damaged_run(whole.replace("plugins: []\n", ""), driver, write)
+    assert "which adapter" in damaged_run(whole.replace("  name: lora\n", ""), driver, write)
+    assert "'many'" in damaged_run(whole.replace("max_steps: null", "max_steps: many"), driver, write)
+    assert "max_stepss" in damaged_run(whole.replace("max_steps: null", "max_stepss: null"), driver, write)
+
+
+def test_words_in_one_text_are_no_words():
+    with pytest.raises(ConfigError, match=r"(?s)is one text, and a list of words.*\['stage=sft', 'model=tiny'\]"):
+        ftrun.run("stage=sft model=tiny")
 
 
 def test_a_long_cell_is_no_mistake(driver, write):

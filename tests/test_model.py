@@ -101,3 +101,63 @@ def test_the_manifest_tells_one_version_of_a_folder_from_another(tmp_path):
     assert before["files"][0][:2] == ["config.json", 2]
     (tmp_path / "config.json").write_text("{ }")
     assert model.identity(model.locate(Model(path=str(tmp_path)))) != before
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder, as far as it is looked at without loading it."""
+    for name, text in (("config.json", '{"model_type": "llama"}'), ("vocab.json", "{}"), ("pytorch_model.bin", "")):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def problems(path, **keys) -> list[str]:
+    weights = keys.pop("weights", True)
+    return [problem.message for problem in model.check(Model(path=str(path), **keys), weights=weights)]
+
+
+def test_a_folder_with_all_that_is_loaded_passes(folder):
+    assert problems(folder) == []
+    assert problems(folder, source=Source.folder) == []
+    (folder / "pytorch_model.bin").rename(folder / "model-00001-of-00001.safetensors")
+    assert len(problems(folder)) == 1
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    assert problems(folder) == []
+
+
+def test_a_tokenizer_is_enough_where_no_weights_are_needed(folder):
+    (folder / "pytorch_model.bin").unlink()
+    assert len(problems(folder)) == 1
+    assert problems(folder, weights=False) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "tokenizer_config.json", "vocab.txt", "tekken.json", "qwen.tiktoken"]
+)
+def test_tokenizers_come_in_many_files(folder, name):
+    (folder / "vocab.json").rename(folder / name)
+    assert problems(folder) == []
+
+
+def test_an_architecture_may_come_as_code(folder):
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "configuration_mine.Mine"}}')
+    assert problems(folder) == []
+
+
+def test_weights_may_have_the_name_that_the_config_says(folder):
+    (folder / "config.json").write_text('{"model_type": "llama", "transformers_weights": "mine.safetensors"}')
+    assert "mine.safetensors" in problems(folder)[0]
+    (folder / "mine.safetensors").touch()
+    assert problems(folder) == []
+
+
+def test_a_gguf_file_is_one_whatever_its_name(tmp_path):
+    (tmp_path / "blob").write_bytes(b"GGUF\3\0\0\0")
+    assert problems(tmp_path / "blob") == problems(tmp_path / "blob", source=Source.gguf) == []
+
+
+def test_a_model_on_the_hub_may_be_called_like_a_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert len(problems("org/name")) == 1
+    assert problems("org/name", source=Source.hub) == []

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ftrun import sweep
+from ftrun import compose, config, sweep
 from ftrun.errors import ConfigError
 
 
@@ -43,6 +43,37 @@ def test_the_working_folders_own_sweeps_are_found_first(tmp_path, monkeypatch):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "lora_rank.yaml").write_text("adapter.rank: 2,3\n")
     assert points("sweep=lora_rank") == [("adapter.rank=2",), ("adapter.rank=3",)]
+
+
+VARIED = [
+    ("adapter=lora,full", "seed=range(1,4)", "optimizer.lr=1e-4,null", "train.scheduler=cosine,linear"),
+    ("data.columns.prompt=a,b", "seed=${data.max_length},7", "adapter.targets=[q_proj],[k_proj,v_proj]"),
+    ("model=tiny,qwen2", "train.epochs=1,2", "data.sources.0.rows=4,5", "data.sources=[{path:a.jsonl}]"),
+    ("++seed=1,2", "output_dir=x", "objective='a b','c,d'", "train.shuffle=true,false"),
+]
+
+
+@pytest.mark.parametrize("words", VARIED, ids=" ".join)
+def test_a_point_is_the_config_that_its_words_give(words):
+    """The tree is not composed for each point, which would take a hundred times longer."""
+    examined = sweep._Examined()
+    for job in sweep.grid(words):
+        cfg, problems = examined.examine(job)
+        alone, alone_problems = config.examine([word for word in job.words if not word.startswith("output_dir=")])
+        assert (cfg, problems) == (alone, alone_problems), job.words
+
+
+def test_a_large_grid_is_checked_by_composing_once(monkeypatch):
+    composed = []
+    compose_tree = compose.compose_tree
+
+    def counted(*words):
+        composed.append(words)
+        return compose_tree(*words)
+
+    monkeypatch.setattr(compose, "compose_tree", counted)
+    assert len(sweep.check(["model=tiny", "adapter=lora,full", "seed=range(0,50)", "optimizer.lr=1e-4,2e-4"])) == 200
+    assert len(composed) == 2
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Family:
         return joined([self.process_video(processor, token, video) for video in opened])
 
     def process_video(self, processor: Any, token: str, video: Any) -> dict[str, Any]:
-        """Return what the processor makes of one video: of a file the frames that its settings choose, of a list all."""
+        """Return what the processor makes of one video: of a file the frames that it chooses, of a list all."""
         more: dict[str, Any] = {"do_sample_frames": False}
         if video.fps is not None:
             count = len(video.frames)
