@@ -132,7 +132,7 @@ def _read(path: Path) -> DictConfig:
     """
     fix = _ANOTHER_COPY
     try:
-        saved = OmegaConf.load(path)
+        saved = cast(DictConfig, OmegaConf.load(path))
         why = _damage(saved)
         if not why and (found := saved.get("schema_version")) != SCHEMA_VERSION:
             why = f"is of version {found}, and this ftrun reads version {SCHEMA_VERSION}"
@@ -150,7 +150,7 @@ def _read(path: Path) -> DictConfig:
         why = f"is damaged: {str(error).splitlines()[0]}"
     if why:
         raise ConfigError([Problem(str(path), why, fix)])
-    return cast(DictConfig, saved)
+    return saved
 
 
 def _damage(saved: DictConfig | ListConfig) -> str:
@@ -164,7 +164,7 @@ def _damage(saved: DictConfig | ListConfig) -> str:
     return ""
 
 
-def _lack(saved: DictConfig | ListConfig) -> str:
+def _lack(saved: DictConfig) -> str:
     """Say what a saved tree of this version lacks."""
     if lacking := [key.name for key in dataclasses.fields(Config) if key.name not in saved]:
         return f"is not whole: it has no {lacking[0]}"

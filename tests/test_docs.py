@@ -168,7 +168,8 @@ def test_entries_of_data_sets_are_read(tmp_path):
 
 
 def test_rows_are_cut_as_the_table_says():
-    from ftrun.worker.encode import Encoded, cut
+    from ftrun.worker.sequence import Encoded
+    from ftrun.worker.truncation import cut
 
     text = (ROOT / "docs" / "data.md").read_text()
     room = int(re.search(r"With a room of (\d+):", text)[1])

@@ -125,7 +125,7 @@ KEYS = [
     case("name is not typed with ++", "check ++stage.name=dpo", "stage.name: ", "cannot be typed", "fix: stage="),
     case("name of a tracker is not typed", "check tracker.none.name=x", "tracker.none.name: ", "cannot be typed"),
     case("the schema's version is not typed", "check schema_version=2", "schema_version: ", "cannot be typed", "leave"),
-    case("a family's sizes are not typed", "check model=qwen2 model.sizes.9B=x/y model.size=9B", "model.sizes.9B: ",
+    case("a family's sizes are not typed", "check model=qwen2 model.sizes.big=mine model.size=big", "model.sizes.big: ",
          "cannot be typed", "conf/model"),
     case("a family's sizes are not typed with +", "check model=tiny +model.sizes.x=y", "model.sizes.x: ",
          "cannot be typed"),

@@ -19,7 +19,8 @@ from ftrun.config import Config
 from ftrun.data import Mix, Packing, mix, sources
 from ftrun.errors import ConfigError, Problem
 from ftrun.worker import pack, store
-from ftrun.worker.store import Report, StoredRows
+from ftrun.worker.report import PROMPTS, Prompt, Report, refuse_packing
+from ftrun.worker.stored import StoredRows
 from ftrun.worker.stream import Stream
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Rows:
     evals: dict[str, Any] = field(default_factory=dict)
     """The sets to evaluate on; the one without a name is ``""``."""
 
-    eval_prompts: list[store.Prompt] = field(default_factory=list)
+    eval_prompts: list[Prompt] = field(default_factory=list)
     """What comes before the last reply, for the first evaluation rows."""
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +103,7 @@ def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
 
     stores = [] if cfg.data.streaming else fetched(resolved.train)
     for stored in stores:
-        store.refuse_packing(stored.report, cfg)
+        refuse_packing(stored.report, cfg)
     evals = {name: some for name, found in resolved.eval.items() if len(some := _all(fetched(found)))}
     if cfg.data.streaming:
         return _streamed(cfg, tokenizer, resolved.train, evals)
@@ -116,7 +117,7 @@ def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     train = _mixed(cfg, stores, [opened.weight for opened in resolved.train], kept)
     rows = Rows(train, evals)
     rows.content_key = hashlib.sha256(" ".join(stored.place.name for stored in stores).encode()).hexdigest()
-    rows.eval_prompts = [prompt for found in rows.evals.values() for prompt in _prompts(found)][: store.PROMPTS]
+    rows.eval_prompts = [prompt for found in rows.evals.values() for prompt in _prompts(found)][:PROMPTS]
     rows.report = _report(rows, stores)
     if cfg.data.packing is not Packing.none:
         _pack(cfg, rows)
@@ -129,7 +130,7 @@ def _streamed(
     """Return rows that are tokenised while training; those to evaluate on are tokenised before."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     rows = Rows(Stream(cfg, tokenizer, opened, rank=rank, world_size=world_size), evals)
-    rows.eval_prompts = [prompt for found in evals.values() for prompt in _prompts(found)][: store.PROMPTS]
+    rows.eval_prompts = [prompt for found in evals.values() for prompt in _prompts(found)][:PROMPTS]
     rows.report = {"train": {"streamed_from": [one.name for one in opened]}, **_eval_report(evals)}
     material = [store.material(cfg, tokenizer, one) for one in opened]
     rows.content_key = hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest()
@@ -183,7 +184,7 @@ def _mixed(cfg: Config, stores: Sequence[StoredRows], weights: list[float], kept
     return Selected(stores, flat[:, 0].astype(np.int16), np.concatenate(kept)[starts[flat[:, 0]] + flat[:, 1]])
 
 
-def _prompts(found: Selected) -> list[store.Prompt]:
+def _prompts(found: Selected) -> list[Prompt]:
     """Return prompts of a set's rows; of rows that were held out, those of the set they come from."""
     return [prompt for stored in found.stores for prompt in stored.report.prompts]
 

@@ -6,51 +6,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ftrun.config import Config
 from ftrun.data import Cut, Packing, TooLong, TrainOn
 from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Conversation, Feedback, Item, Pair, Question, Row, Text, Tokens
 from ftrun.data.sources import Opened
+from ftrun.errors import Problem
 from ftrun.data.tokens import IGNORED
 from ftrun.worker.media.place import Located
 from ftrun.worker.media.placeholders import Placeholders
 from ftrun.worker.render import Part, Renderer
+from ftrun.worker.sequence import Encoded, learn
 from ftrun.worker.tokens import TextEncoder
+from ftrun.worker.truncation import cut, cut_each_at_its_end, cut_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Numbers = np.ndarray[Any, Any]
-
 VERSION = 2
 """Raised when the same row gives other tokens than before: what was tokenised is then tokenised again."""
-
-
-@dataclass(slots=True)
-class Encoded:
-    """One sequence of tokens."""
-
-    ids: list[int]
-    spans: list[int] = field(default_factory=list)
-    """What is learned: start, end, start, end ..."""
-
-    weights: list[float] = field(default_factory=list)
-    """How much the tokens of each span count."""
-
-    replies: list[tuple[int, int]] = field(default_factory=list)
-    """Where the model's own text stands, learned or not."""
-
-    labels: list[int] | None = None
-    """The labels, where they are not simply the learned tokens."""
-
-    @property
-    def learned(self) -> int:
-        """How many tokens have a label that can be predicted: the first has nothing to be predicted from."""
-        if self.labels is not None:
-            return sum(label != IGNORED for label in self.labels[1:])
-        return sum(self.spans[1::2]) - sum(self.spans[::2]) - (self.spans[:1] == [0])
 
 
 @dataclass(slots=True)
@@ -160,10 +134,10 @@ class RowEncoder:
         for part in parts:
             start = len(out.ids)
             out.ids += next(ids)
-            _learn(out, start, part.weight, reply=part.reply)
+            learn(out, start, part.weight, reply=part.reply)
         if draft.ends_with_eos and self._eos_id is not None and out.ids[-1:] != [self._eos_id]:
             out.ids.append(self._eos_id)
-            _learn(out, len(out.ids) - 1, 1.0)
+            learn(out, len(out.ids) - 1, 1.0)
         if draft.begins_with_bos and self._bos_ids:
             out.ids[:0] = self._bos_ids
             out.spans = [position + len(self._bos_ids) for position in out.spans]
@@ -190,7 +164,8 @@ class TooLongRow(BadRow):
     """A row of more than ``data.max_length`` tokens, where none is to be cut."""
 
     def __init__(self, row: Row, length: int, longest: int) -> None:
-        super().__init__(row, f"is longer than data.max_length={longest}", "data.too_long=cut")
+        super().__init__(row, f"is longer than data.max_length={longest}", "data.too_long=cut, or drop")
+        self.problem = Problem(row.place, self.reason, "data.too_long=cut, or drop")
         self.length = length
 
 
@@ -297,23 +272,6 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return with_it[: next(starts, 0)]
 
 
-def _learn(out: Encoded, start: int, weight: float, *, reply: bool = False) -> None:
-    """Note what the tokens from ``start`` to the end of a growing sequence are."""
-    end = len(out.ids)
-    if start == end:
-        return
-    if reply:
-        begin = out.replies.pop()[0] if out.replies and out.replies[-1][1] == start else start
-        out.replies.append((begin, end))
-    if not weight:
-        return
-    if out.spans and out.spans[-1] == start and out.weights[-1] == weight:
-        out.spans[-1] = end
-    else:
-        out.spans += (start, end)
-        out.weights.append(weight)
-
-
 def understood(rows: Iterable[tuple[Opened, Row | BadRow]], kind: str) -> tuple[list[Item], list[BadRow]]:
     """Read rows as the kind that a stage trains on; return also those that cannot be."""
     items: list[Item] = []
@@ -326,142 +284,3 @@ def understood(rows: Iterable[tuple[Opened, Row | BadRow]], kind: str) -> tuple[
         except BadRow as error:
             bad.append(error)
     return items, bad
-
-
-def arrays(ids: Any, spans: Any, weights: Any | None, labels: Any | None) -> dict[str, Numbers]:
-    """Return a sequence as it is trained on.
-
-    Args:
-        ids: Its T tokens.
-        spans: What is learned: start, end, start, end ...
-        weights: How much each span counts, if any of the data set counts more or less than 1.
-        labels: The labels, where they are not simply the learned tokens.
-
-    Returns:
-        ``input_ids`` and ``labels`` of shape (T,) as int32, and with weights ``weights`` of shape (T,) as float32.
-    """
-    out = {"input_ids": np.array(ids, np.int32), "labels": np.full(len(ids), IGNORED, np.int32)}
-    pairs = np.asarray(spans, np.int32).reshape(-1, 2).tolist()
-    for start, end in pairs:
-        out["labels"][start:end] = out["input_ids"][start:end]
-    if labels is not None and len(labels):
-        out["labels"] = np.array(labels, np.int32)
-    if weights is not None:
-        out["weights"] = np.ones(len(ids), np.float32)
-        for (start, end), weight in zip(pairs, weights, strict=True):
-            out["weights"][start:end] = weight
-    return out
-
-
-def share(prompt: int, reply: int, room: int) -> int:
-    """Return how many of ``room`` tokens a prompt gets, where prompt and reply together are longer.
-
-    The shorter of the two stays whole if it takes less than half of the room; else each gives up the same share. A
-    reply always keeps at least one token.
-    """
-    if 2 * reply < room:
-        kept = reply
-    elif 2 * prompt < room:
-        kept = room - prompt
-    else:
-        kept = room * reply // (prompt + reply)
-    return min(prompt, room - max(1, kept))
-
-
-def cut(sequences: Sequence[Encoded], limit: int, *, open_end: bool = False) -> list[Encoded]:
-    """Cut sequences with a common prompt, or a single one, down to ``limit`` tokens each.
-
-    A prompt that takes too much of the room (`share`) loses its middle: its beginning holds the system message and the
-    task, its end the latest turn and the opening of the reply. Then the sequence is cut at its end, and a later
-    prompt that no reply follows is left out too. Of several sequences, all keep the same part of the prompt.
-
-    Args:
-        sequences: What to cut.
-        limit: Most tokens that each may have.
-        open_end: All of the text is learned, so it is cut at its end and nowhere else.
-    """
-    replies = [next((span for span in sequence.replies if _touches(sequence, span)), None) for sequence in sequences]
-    if open_end or not any(replies):
-        if not open_end and not any(sequence.spans for sequence in sequences):  # prompts alone
-            return [_without(s, limit - limit // 2, len(s.ids) - limit // 2) for s in sequences]
-        return [_without(sequence, limit, len(sequence.ids)) for sequence in sequences]
-    known = [span for span in replies if span]
-    prompt = min(start for start, _ in known)
-    kept = share(prompt, max(end - start for start, end in known), limit)
-    head = kept - kept // 2
-    shorter = [_without(sequence, head, prompt - kept // 2) for sequence in sequences]
-    return [_without(sequence, _end(sequence, limit), len(sequence.ids)) for sequence in shorter]
-
-
-def cut_each_at_its_end(sequences: Sequence[Encoded], limit: int) -> list[Encoded]:
-    """Cut the prompt that sequences have in common at its end, and each reply at its own: LLaMA-Factory's rule."""
-    prompt = min(sequence.spans[0] for sequence in sequences)
-    kept = share(prompt, max(len(sequence.ids) for sequence in sequences) - prompt, limit)
-    shorter = [_without(sequence, kept, prompt) for sequence in sequences]
-    return [_without(sequence, limit, len(sequence.ids)) for sequence in shorter]
-
-
-def cut_turns(sequence: Encoded, limit: int, *, last_first: bool) -> Encoded:
-    """Share the room among turns, one after the other, each cut at the ends of its prompt and its reply.
-
-    LLaMA-Factory's rule: what is left of the room goes to the next turn, and turns that find none are left out. The
-    opening of a reply is lost with the end of its prompt.
-
-    Args:
-        sequence: The turns, each a prompt and a reply.
-        limit: Most tokens to keep.
-        last_first: Give room to the last turn first.
-    """
-    starts = [0, *(end for _, end in sequence.replies[:-1])]
-    turns = [(start, *reply) for start, reply in zip(starts, sequence.replies, strict=True)]
-    ends: dict[int, tuple[int, int]] = {}
-    room = limit
-    for number in reversed(range(len(turns))) if last_first else range(len(turns)):
-        start, border, end = turns[number]
-        prompt, reply = border - start, end - border
-        if prompt + reply > room:
-            prompt = share(prompt, reply, room) if room > 1 else 0
-            reply = min(reply, room - prompt)
-        ends[number] = (start + prompt, border + reply)
-        room -= prompt + reply
-    for number in reversed(range(len(turns))):
-        start, border, end = turns[number]
-        sequence = _without(_without(sequence, ends[number][1], end), ends[number][0], border)
-    return _without(sequence, limit, len(sequence.ids))
-
-
-def _touches(sequence: Encoded, reply: tuple[int, int]) -> bool:
-    """Tell whether anything of a reply is learned."""
-    spans = zip(sequence.spans[::2], sequence.spans[1::2], strict=True)
-    return any(start < reply[1] and end > reply[0] for start, end in spans)
-
-
-def _end(sequence: Encoded, limit: int) -> int:
-    """Return where to end a sequence so that no prompt is left without anything learned behind it."""
-    if len(sequence.ids) <= limit:
-        return len(sequence.ids)
-    inside = [
-        min(end, limit) for start, end in zip(sequence.spans[::2], sequence.spans[1::2], strict=True) if start < limit
-    ]
-    return max(inside, default=limit)
-
-
-def _without(sequence: Encoded, start: int, end: int) -> Encoded:
-    """Return a sequence without the tokens from ``start`` to ``end``."""
-    if end <= start:
-        return sequence
-
-    def moved(position: int) -> int:
-        return min(position, start) if position < end else position - (end - start)
-
-    out = Encoded(sequence.ids[:start] + sequence.ids[end:])
-    for index, weight in enumerate(sequence.weights):
-        first, last = (moved(position) for position in sequence.spans[2 * index : 2 * index + 2])
-        if first < last:
-            out.spans += (first, last)
-            out.weights.append(weight)
-    spans = ((moved(first), moved(last)) for first, last in sequence.replies)
-    out.replies = [(first, last) for first, last in spans if first < last]
-    if sequence.labels is not None:
-        out.labels = sequence.labels[:start] + sequence.labels[end:]
-    return out

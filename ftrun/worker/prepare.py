@@ -15,7 +15,7 @@ from ftrun.model import Model, Source
 from ftrun.worker import dataset, loading
 from ftrun.worker.dataset import Rows, Selected
 from ftrun.worker.pack import PackedRows
-from ftrun.worker.store import StoredRows
+from ftrun.worker.stored import StoredRows
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 """Files of weights that transformers loads, the first kind that there is."""

@@ -11,7 +11,7 @@ from ftrun import events, record
 from ftrun.data.rows import BadRow, Row
 from ftrun.errors import ConfigError
 from ftrun.worker.encode import RowEncoder
-from ftrun.worker.store import Prompt
+from ftrun.worker.report import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,6 +9,7 @@ those, and a resumed run reads on from there; no row is lost or seen twice.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -22,9 +23,10 @@ from ftrun.data import Mix, MixUntil, Packing, mix, sources
 from ftrun.data.rows import BadRow, Row
 from ftrun.data.sources import Opened
 from ftrun.errors import ConfigError, Problem
-from ftrun.worker import encode, pack, store
-from ftrun.worker.encode import Encoded, EncodedRow, RowEncoder
-from ftrun.worker.store import Report
+from ftrun.worker import encode, pack
+from ftrun.worker.encode import EncodedRow, RowEncoder
+from ftrun.worker.report import Report, judge, refuse_packing
+from ftrun.worker.sequence import Encoded, arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +143,9 @@ class Stream(IterableDataset[dict[str, Any]]):
         self.begins: list[dict[str, Any]] = []
         """What `state` returned, to go on from there: one for each data worker, the one whose turn is next in front."""
 
+        self.counts: Counter[str] = Counter()
+        """The rows of the batches that were noted: read, cut, and left out by reason."""
+
         self._used: dict[int, dict[str, Any]] = {}
         self._batches = 0
 
@@ -157,6 +162,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         """Take down that a batch has been used, by the ``at`` of its sequences."""
         self._used |= {place["shard"]: place for place in places}
         self._batches += 1
+        for place in places:
+            self.counts += Counter(place["counts"])
 
     def state(self, workers: int) -> list[dict[str, Any]]:
         """Return where to go on after the batches that were noted, for a checkpoint.
@@ -168,35 +175,48 @@ class Stream(IterableDataset[dict[str, Any]]):
         shards = range(self.rank * count, (self.rank + 1) * count)
         fresh: list[dict[str, Any]] = [{"shard": shard, "position": asdict(Position())} for shard in shards]
         order = self.begins or fresh
-        current: list[dict[str, Any]] = [self._used.get(begin["shard"], begin) for begin in order]
+        current = [self._used.get(begin["shard"], begin) for begin in order]
+        current = [{name: place[name] for name in ("shard", "position")} for place in current]
         turn = self._batches % count
         return current[turn:] + current[:turn]
 
     def _sequences(self, shard: int, shards: int, position: Position) -> Iterator[dict[str, Any]]:
         raw = RawRows(self.cfg, self.opened, position)
         block, skip = position.block, position.taken
+        since, counts = min(raw.passes), Counter[str]()  # what has been read since a sequence was last given
         while True:
             begin = Position(block, 0, raw.draws, list(raw.rows), list(raw.passes))
             rows = islice(raw, self.cfg.data.shuffle_buffer)
             if block % shards == shard:
-                for taken, sequence in enumerate(self._block(list(rows), block), 1):
+                report, sequences = self._block(list(rows), block)
+                counts += Counter() if skip else report.counts()  # of a block that is gone on with, they were told
+                for taken, sequence in enumerate(sequences, 1):
                     if taken > skip:
                         begin.taken = taken
-                        yield sequence | {"at": {"shard": shard, "position": asdict(begin)}}
+                        at = {"shard": shard, "position": asdict(begin), "counts": dict(counts)}
+                        since, counts = min(raw.passes), Counter()
+                        yield sequence | {"at": at}
                 skip = 0
+                if counts and min(raw.passes) - since >= shards:
+                    self._refuse(counts)
             else:
                 for _ in rows:
                     pass
             block += 1
 
-    def _block(self, rows: list[tuple[Opened, Row | BadRow]], number: int) -> Iterator[dict[str, Any]]:
-        """Tokenise the rows of a block, and yield its sequences in the order to train in."""
-        report = Report()
-        report.read = len(rows)
+    def _refuse(self, counts: Counter[str]) -> None:
+        """Stop where a whole pass has given nothing to train on: there would be no end to it."""
+        found = "; ".join(f"{count} x {name}" for name, count in counts.items())
+        message = f"no row is left to train on: {found}"
+        raise ConfigError([Problem("data", message, "other rows, or a larger data.max_length")])
+
+    def _block(self, rows: list[tuple[Opened, Row | BadRow]], number: int) -> tuple[Report, Iterator[dict[str, Any]]]:
+        """Tokenise the rows of a block; return its sequences in the order to train in."""
+        report = Report(read=len(rows))
         items, bad = encode.understood(rows, self.cfg.stage.rows)
         found = [kept for one in (*bad, *self.encoder.encode(items)) if (kept := report.take(one))]
-        store.judge(report, self.cfg.data, f"rows {number * len(rows) + 1} and on")
-        store.refuse_packing(report, self.cfg)
+        judge(report, self.cfg.data, f"rows {number * len(rows) + 1} and on")
+        refuse_packing(report, self.cfg)
         sequences: Any = _InMemory(found, weighted=report.weighted)
         if self.cfg.data.packing is not Packing.none:
             apart = self.cfg.data.packing is Packing.best_fit
@@ -205,7 +225,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         order = list(range(len(sequences)))
         if self.cfg.train.shuffle:
             random.Random(f"{self.cfg.seed} {number}").shuffle(order)  # noqa: S311
-        return (sequences[index] for index in order)
+        return report, (sequences[index] for index in order)
 
 
 class _InMemory:
@@ -221,7 +241,5 @@ class _InMemory:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         each, row = self.rows[index]
-        found: dict[str, Any] = dict(
-            encode.arrays(each.ids, each.spans, each.weights if self.weighted else None, each.labels)
-        )
+        found: dict[str, Any] = dict(arrays(each.ids, each.spans, each.weights if self.weighted else None, each.labels))
         return found | ({"media": row.media, "place": row.row.place} if row.media else {})

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import islice
@@ -225,9 +226,24 @@ class RunTrainer(Trainer):
         found, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if stream := self._stream:
             for batch in found:
-                stream.note(batch.pop("at"))
+                self._note(stream, batch.pop("at"))
         self.tokens += sum(num_tokens(batch) for batch in found)
         return found, num_items
+
+    def _note(self, stream: Stream, places: list[dict[str, Any]]) -> None:
+        """Take down where a stream is, and say for which new reason rows are left out."""
+        known = set(stream.counts)
+        stream.note(places)
+        for reason in set(stream.counts) - known - {"rows read", "rows cut"}:
+            text = f"rows are left out: {reason}"
+            print(json.dumps({"note": text}), flush=True)  # noqa: T201 (log.txt)
+            events.send("note", text=text)
+
+    def _rows_streamed(self, stream: Stream) -> dict[str, float]:
+        """Return how many rows all processes have read, cut and left out so far."""
+        read, cut = stream.counts["rows read"], stream.counts["rows cut"]
+        each = [float(count) for count in (read, cut, stream.counts.total() - read - cut)]
+        return dict(zip(("rows_read", "rows_cut", "rows_left_out"), self.over_processes(each), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write one line of metrics, and tell the trackers and the driver."""
@@ -235,6 +251,7 @@ class RunTrainer(Trainer):
             return
         if "loss" in logs:
             logs |= self._counted() | self._speed()
+            logs |= self._rows_streamed(self._stream) if self._stream else {}
         super().log(logs)
         values = {"lr" if name == "learning_rate" else name: value for name, value in logs.items() if name != "epoch"}
         at = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6), "time": round(time.time(), 3)}
@@ -316,6 +333,7 @@ class RunTrainer(Trainer):
             "loss_since_log": self._tr_loss.item(),
             "step_of_log": self._globalstep_last_logged,
             "stream": self._stream.state(self.args.dataloader_num_workers) if self._stream else None,
+            "streamed": dict(self._stream.counts) if self._stream else None,
         }
         (partial / f"{_STATE}.{self.args.process_index}").write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
@@ -340,7 +358,7 @@ class RunTrainer(Trainer):
         self._tr_loss.fill_(state["loss_since_log"])
         self._globalstep_last_logged = state["step_of_log"]
         if self._stream:
-            self._stream.begins = state["stream"]
+            self._stream.begins, self._stream.counts = state["stream"], Counter(state["streamed"])
 
 
 def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:

@@ -276,7 +276,7 @@ def test_bad_rows_are_all_named_or_all_counted(write, cache):
 
 def test_nothing_is_left_of_a_build_that_fails(write, cache, monkeypatch):
     write("rows.jsonl", numbered(3))
-    monkeypatch.setattr("ftrun.worker.store._record_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr("ftrun.worker.store.record_batch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load("data.path=rows.jsonl")
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
@@ -284,7 +284,7 @@ def test_nothing_is_left_of_a_build_that_fails(write, cache, monkeypatch):
 
 def test_a_process_that_dies_while_tokenising_is_an_error(write, monkeypatch):
     write("rows.jsonl", numbered(3))
-    monkeypatch.setattr("ftrun.worker.store._record_batch", lambda *_: os._exit(9))
+    monkeypatch.setattr("ftrun.worker.store.record_batch", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match="was killed"):
         load("data.path=rows.jsonl", "data.processes=2")
 

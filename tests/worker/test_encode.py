@@ -13,17 +13,11 @@ from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Row
 from ftrun.data.tokens import IGNORED
 from ftrun.template import Template
-from ftrun.worker import builtin, encode
-from ftrun.worker.encode import (
-    Encoded,
-    EncodedRow,
-    RowEncoder,
-    TooLongRow,
-    cut,
-    cut_each_at_its_end,
-    cut_turns,
-    share,
-)
+from ftrun.worker import builtin
+from ftrun.worker.encode import EncodedRow, RowEncoder, TooLongRow
+from ftrun.worker.sequence import Encoded, learn
+from ftrun.worker.sequence import arrays as arrays_of
+from ftrun.worker.truncation import cut, cut_each_at_its_end, cut_turns, share
 
 TOKENIZER: Any = builtin.tokenizer()
 
@@ -40,7 +34,7 @@ def encoded(value: dict[str, Any], kind: str = "conversations", **data: Any) -> 
 
 
 def arrays(found: EncodedRow) -> list[dict[str, Any]]:
-    return [encode.arrays(s.ids, s.spans, s.weights, s.labels) for s in found.sequences]
+    return [arrays_of(s.ids, s.spans, s.weights, s.labels) for s in found.sequences]
 
 
 def ids_of(text: str) -> list[int]:
@@ -223,7 +217,7 @@ def test_a_reply_of_several_parts_is_one_reply():
     for length, reply in ((5, False), (3, True), (1, True), (2, True)):
         start = len(out.ids)
         out.ids += range(start, start + length)
-        encode._learn(out, start, float(reply), reply=reply)
+        learn(out, start, float(reply), reply=reply)
     assert (out.replies, out.spans) == ([(5, 11)], [5, 11])
 
 

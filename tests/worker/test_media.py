@@ -21,7 +21,8 @@ from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Row
 from ftrun.errors import ConfigError, Problem
 from ftrun.template import Template
-from ftrun.worker import batches, encode
+from ftrun.worker import batches
+from ftrun.worker import sequence as sequences
 from ftrun.worker.batches import IGNORED
 from ftrun.worker.encode import RowEncoder, TooLongRow
 from ftrun.worker.media import encoders, images, processor, sounds, videos
@@ -79,7 +80,7 @@ def encoded(tokenizer: Any, folder: Path, value: dict[str, Any], template: Templ
 def trained(found: Any, **more: Any) -> dict[str, Any]:
     """Return a tokenised row as a data set gives it."""
     (sequence,) = found.sequences
-    arrays: dict[str, Any] = encode.arrays(sequence.ids, sequence.spans, None, sequence.labels)
+    arrays: dict[str, Any] = sequences.arrays(sequence.ids, sequence.spans, None, sequence.labels)
     return arrays | ({"media": found.media, "place": found.row.place} if found.media else {}) | more
 
 

@@ -129,6 +129,32 @@ def test_bad_rows_are_an_error_or_counted(write):
         taken(iter(stream(*skipping[:-1])), 6)
 
 
+def test_what_is_left_out_is_counted(write):
+    long = {"prompt": "q", "completion": "word " * 90}
+    write("rows.jsonl", [*rows(9), long, {"prompt": "q", "completion": ""}])
+    words = ("data.path=rows.jsonl", "data.shuffle_buffer=4", "data.max_length=64", "data.on_bad_row=skip")
+    made = stream(*words, "data.max_bad_share=0.5", "data.too_long=drop")
+    for _, places in batches(made, 0, 9):  # two passes
+        made.note(places)
+    assert made.counts["rows read"] == 22
+    assert made.counts["longer than data.max_length"] == 2
+    assert sum(made.counts.values()) == 22 + 2 + 2
+    cut = stream(*words[:3], "data.on_bad_row=skip", "data.max_bad_share=0.5")
+    for _, places in batches(cut, 0, 5):
+        cut.note(places)
+    assert cut.counts["rows cut"] == 1
+
+
+def test_rows_that_are_all_too_long_do_not_go_on_for_ever(write):
+    write("rows.jsonl", [{"prompt": "q", "completion": "word " * 90}] * 10)
+    for buffer in ("4", "1000"):
+        words = ("data.path=rows.jsonl", f"data.shuffle_buffer={buffer}", "data.max_length=64")
+        with pytest.raises(ConfigError, match="no row is left to train on"):
+            taken(iter(stream(*words, "data.too_long=drop", world_size=2)), 1)
+        with pytest.raises(ConfigError, match="is longer than"):
+            taken(iter(stream(*words, "data.too_long=error")), 1)
+
+
 def test_a_source_without_rows_is_an_error(write):
     write("rows.jsonl", "\n")
     with pytest.raises(ConfigError, match="has no rows"):

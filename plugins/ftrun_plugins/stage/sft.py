@@ -48,8 +48,8 @@ class SFT(Stage):
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
         """Show sample replies at each evaluation."""
+        from ftrun.worker.report import Prompt
         from ftrun.worker.samples import Samples
-        from ftrun.worker.store import Prompt
 
         own = [Prompt([{"role": "user", "content": text}]) for text in self.sample_prompts]
         return [Samples(run, own or run.rows.eval_prompts[: self.num_samples], self.sample_tokens)]
