@@ -11,8 +11,8 @@ from ftrun.data import Cut, Packing, TooLong, TrainOn
 from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Conversation, Feedback, Item, Pair, Question, Row, Text, Tokens
 from ftrun.data.sources import Opened
-from ftrun.errors import Problem
 from ftrun.data.tokens import IGNORED
+from ftrun.errors import Problem
 from ftrun.worker.media.place import Located
 from ftrun.worker.media.placeholders import Placeholders
 from ftrun.worker.render import Part, Renderer
