@@ -22,6 +22,7 @@ docs: $(VENV)/.installed ## write the option reference again
 
 bench: $(VENV)/.installed ## the measured claims
 	$(RUN)python bench/startup.py
+	$(RUN)python bench/data.py
 
 clean:
 	rm -rf $(VENV)

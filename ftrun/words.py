@@ -101,6 +101,12 @@ def _load_plugin_files(parsed: Sequence[Override]) -> Iterator[Problem]:
     for override in parsed:
         files = override.value() if override.key_or_group == "plugins" else None
         for file in files if isinstance(files, list) else ():
+            from ftrun.data import places
+
+            if why := places.why_unreadable(str(file)):
+                message = f"{places.shortened(str(file))} cannot be read: {why}"
+                yield Problem("plugins", message, "plugins=[PATH_OF_A_PYTHON_FILE]")
+                continue
             path = Path(str(file)).expanduser().resolve()
             if not path.is_file():
                 yield Problem("plugins", f"there is no file {file}", "plugins=[PATH_OF_A_PYTHON_FILE]")

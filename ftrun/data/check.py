@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftrun.data import OnBadRow, read, sources, storage
+from ftrun.data import OnBadRow, formats, read, sources, storage
 from ftrun.data.formats import understand
 from ftrun.data.rows import BadRow, Row
 from ftrun.data.sources import Opened
@@ -63,6 +63,8 @@ def _check_files(cfg: Config, opened: Opened, left: int) -> Generator[Problem, N
     Returns:
         How many rows there are, good and bad, or None where that is not known; and how many bytes may still be read.
     """
+    if any(formats.check(opened.format, cfg.stage.rows)):  # said of the key, and not once more of each file
+        return None, left
     total = None if opened.hub else 0
     for file in opened.files:
         count = None

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftrun.data import places
 from ftrun.data.formats import KINDS
-from ftrun.data.places import MODELSCOPE
 from ftrun.errors import ConfigError, Problem, did_you_mean
 
 FILE = "dataset_info.json"
@@ -68,6 +68,9 @@ def load(place: str) -> dict[str, Any]:
     Raises:
         ConfigError: It is not there, or not such a file.
     """
+    if why := places.why_unreadable(place):
+        message = f"{places.shortened(place)} cannot be read: {why}"
+        raise ConfigError([Problem("data.dataset_info", message, f"a {FILE}, or the folder of one")])
     file = _file(place)
     try:
         entries = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -160,7 +163,7 @@ def _where(file: Path, found: Mapping[str, Any]) -> tuple[str, bool] | None:
     if found.get("hf_hub_url"):
         return str(found["hf_hub_url"]), True
     if found.get("ms_hub_url"):
-        return MODELSCOPE + str(found["ms_hub_url"]), True
+        return places.MODELSCOPE + str(found["ms_hub_url"]), True
     if found.get("script_url"):
         return None
     if found.get("cloud_file_name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ftrun.data import Cut, Data, Mix, MixUntil, OnBadRow, Packing, Source, TooLong, TrainOn
@@ -52,7 +53,8 @@ def _formats(cfg: Config) -> Iterator[Problem]:
 
     for key, source in named:
         form = source.format or "auto"
-        yield from formats.check(form, cfg.stage.rows, f"{key}.format")
+        for problem in formats.check(form, cfg.stage.rows, f"{key}.format"):
+            yield replace(problem, message=f"{problem.message}; stage={cfg.stage.name} trains on {cfg.stage.rows}")
         ours = form == "auto" or form in formats.LAYOUTS
         for column in source.columns if ours else ():  # a plugin may have columns of its own
             if column not in formats.COLUMNS:
