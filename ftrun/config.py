@@ -265,13 +265,20 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     yield from cfg.hardware.check(cfg.train)
     yield from template.check(cfg.template)
     yield from keys.check(cfg)
-    if cfg.objective and cfg.stage.metrics and cfg.objective not in cfg.stage.metrics:
-        known = list(cfg.stage.metrics)
+    known = _metrics(cfg)
+    if cfg.objective and known and cfg.objective not in known:
         yield Problem(
             "objective",
             f"stage={cfg.stage.name} has no metric {cfg.objective}{did_you_mean(cfg.objective, known)}",
             f"one of {', '.join(known)}",
         )
+
+
+def _metrics(cfg: Config) -> list[str]:
+    """Return the metrics that a run may end with: those of its stage, and those of each evaluation set with a name."""
+    ours = list(cfg.stage.metrics)
+    evaluated = [metric.removeprefix("eval_") for metric in ours if metric.startswith("eval_")]
+    return ours + [f"eval_{name}_{metric}" for name in cfg.data.eval_sets for metric in evaluated]
 
 
 _CORE_READS = ("model.size", "model.sizes.*", "hardware.*")

@@ -225,6 +225,12 @@ def test_text_may_be_quoted_and_may_hold_anything(write):
     assert composed("objective=null").objective is None
 
 
+def test_the_metrics_of_an_evaluation_set_may_be_the_objective(write):
+    words = ("data.eval_sets={math: held_out.jsonl}", "objective=eval_math_loss")
+    assert composed(*words).objective == "eval_math_loss"
+    assert composed("data.eval_sets.math=held_out.jsonl", words[1]).data.eval_sets == {"math": "held_out.jsonl"}
+
+
 def test_the_last_of_two_wins():
     cfg = composed("seed=1", "stage=dpo", "seed=2", "stage=sft")
     assert (cfg.seed, cfg.stage.name) == (2, "sft")
