@@ -25,6 +25,8 @@ def tools_of(row: Row) -> list[Any] | None:
         return None
     tools = _parsed(row, given, "tools")
     tools = [_parsed(row, tool, "tools") for tool in ([tools] if isinstance(tools, dict) else tools or [])]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow(row, "tools is not a list of objects", '"tools": [{"type": "function", "function": {...}}]')
     for tool in tools:
         clean_tree(row, tool, "tools")
     # Chat templates are written for OpenAI's form; a bare function is what it holds.

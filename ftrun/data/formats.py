@@ -100,7 +100,7 @@ def check(form: str, kind: str, key: str = "data.format") -> Iterator[Problem]:
     if (form == "auto" or form in LAYOUTS) and is_plugin:
         yield Problem(key, f"{form} is a format of ftrun, and a plugin has its name", "another name for the plugin")
     elif form != "auto" and form in LAYOUTS and form not in KINDS[kind]:
-        yield Problem(key, f"no {kind} can be read from {form} rows", f"one of {known}")
+        yield Problem(key, f"{kind} are trained on, which {form} rows are not", f"one of {known}")
     elif form != "auto" and form not in LAYOUTS and not is_plugin:
         fix = f"one of {known}, or 'plugins=[FILE.py]' with the plugin"
         yield Problem(key, f"there is no format {form}{did_you_mean(form, names())}", fix)

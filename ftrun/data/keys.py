@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def check(cfg: Config) -> Iterator[Problem]:
     """Yield what cannot be meant."""
     data = cfg.data
-    yield from _places(data)
     if cfg.stage.rows:
+        yield from _places(data)
         yield from _formats(cfg)
     yield from _mixing(data)
     yield from _learned(data, cfg.stage.rows)
@@ -54,7 +54,7 @@ def _formats(cfg: Config) -> Iterator[Problem]:
     for key, source in named:
         form = source.format or "auto"
         for problem in formats.check(form, cfg.stage.rows, f"{key}.format"):
-            yield replace(problem, message=f"{problem.message}; stage={cfg.stage.name} trains on {cfg.stage.rows}")
+            yield replace(problem, message=f"with stage={cfg.stage.name}, {problem.message}")
         ours = form == "auto" or form in formats.LAYOUTS
         for column in source.columns if ours else ():  # a plugin may have columns of its own
             if column not in formats.COLUMNS:

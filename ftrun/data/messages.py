@@ -159,7 +159,7 @@ def _weigh(row: Row, name: str, field: Any, index: int, message: Message) -> Non
             raise bad_message(row, index, f"has {type_name(field)} as train, not true or false", '"train": false')
         weight = float(field)
     else:
-        if not is_number(field) or field < 0:
+        if not is_number(field) or not (field == 0 or 1e-30 < field < 1e30):  # which float32 holds
             raise bad_message(row, index, f"has a {name} that is no finite number of at least 0", f'"{name}": 0.5')
         weight = float(field)
     if message.setdefault("weight", weight) != weight:

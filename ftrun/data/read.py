@@ -413,7 +413,14 @@ def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Row | BadRow]:
                 message = f"its rows from {number + 1} on hold what {_NOT_UTF8}"
                 raise ConfigError([Problem(name, message, "a file whose texts are UTF-8")]) from None
             for number, value in enumerate(values, number + 1):  # noqa: B020 - it counts on
-                yield Row(value, name, number)
+                yield Row({column: _without_fillers(cell) for column, cell in value.items()}, name, number)
+
+
+def _without_fillers(cell: Any) -> Any:
+    """Return a cell without the nulls that a table fills objects up with: in a column, all have the same members."""
+    if isinstance(cell, dict):
+        return {name: _without_fillers(member) for name, member in cell.items() if member is not None}
+    return [_without_fillers(member) for member in cell] if isinstance(cell, list) else cell
 
 
 TEXTS: dict[str, Callable[[io.BufferedReader, str], Iterator[Row | BadRow]]] = {

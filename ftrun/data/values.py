@@ -17,6 +17,8 @@ def clean(row: Row, text: Any, where: str) -> str:
     if "\0" in text:
         raise BadRow(row, f"{where} has a null byte in its text", "take it out")
     if not text.isascii():
+        if "\ufdd0" in text:
+            raise BadRow(row, f"{where} has the noncharacter U+FDD0 in its text", "take it out")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Numbers = np.ndarray[Any, Any]
 
+_MORE_ROWS = "other rows, or a larger data.max_length"
 _WORTH_KEEPING = 100_000
 """Rows from which on their packing is kept on disk."""
 
@@ -104,17 +105,19 @@ def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     stores = [] if cfg.data.streaming else fetched(resolved.train)
     for stored in stores:
         refuse_packing(stored.report, cfg)
-    evals = {name: some for name, found in resolved.eval.items() if len(some := _all(fetched(found)))}
+    evals = {name: _evaluated(cfg, name, fetched(found)) for name, found in resolved.eval.items() if found}
     if cfg.data.streaming:
         return _streamed(cfg, tokenizer, resolved.train, evals)
     kept, held_out = _split(cfg, stores)
     if held_out is not None:
         evals[""] = held_out
     if not sum(len(rows) for rows in kept):
-        reasons = "; ".join(stored.report.reasons() for stored in stores)
-        message = f"no row is left to train on: {reasons}"
-        raise ConfigError([Problem("data", message, "other rows, or a larger data.max_length")])
+        raise ConfigError([Problem("data", f"no row is left to train on: {_reasons(stores)}", _MORE_ROWS)])
     train = _mixed(cfg, stores, [opened.weight for opened in resolved.train], kept)
+    for number, opened in enumerate(resolved.train):
+        if len(kept[number]) and not (train.which == number).any():
+            message = f"of its {len(kept[number])} rows, weight={opened.weight} leaves none"
+            raise ConfigError([Problem(f"data.sources.{number}.weight", message, "a larger weight, or without it")])
     rows = Rows(train, evals)
     rows.content_key = hashlib.sha256(" ".join(stored.place.name for stored in stores).encode()).hexdigest()
     rows.eval_prompts = [prompt for found in rows.evals.values() for prompt in _prompts(found)][:PROMPTS]
@@ -122,6 +125,19 @@ def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     if cfg.data.packing is not Packing.none:
         _pack(cfg, rows)
     return rows
+
+
+def _evaluated(cfg: Config, name: str, stores: list[StoredRows]) -> Selected:
+    """Return the rows of a set to evaluate on; one that is empty would give no metrics, and nobody would know why."""
+    rows = _all(stores)
+    if not len(rows):
+        key = f"data.eval_sets.{name}" if name else "data.eval_path" if cfg.data.eval_path else "data.path"
+        raise ConfigError([Problem(key, f"no row is left to evaluate on: {_reasons(stores)}", _MORE_ROWS)])
+    return rows
+
+
+def _reasons(stores: Sequence[StoredRows]) -> str:
+    return "; ".join(stored.report.reasons() for stored in stores)
 
 
 def _streamed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ftrun.config import Config
@@ -23,7 +23,7 @@ from ftrun.worker.truncation import cut, cut_each_at_its_end, cut_turns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2
+VERSION = 3
 """Raised when the same row gives other tokens than before: what was tokenised is then tokenised again."""
 
 
@@ -45,6 +45,9 @@ class EncodedRow:
     media: list[Located] = field(default_factory=list)
     """What the placeholders in each of its sequences stand for, in order."""
 
+    origin: int = 0
+    """The number of the row that it comes from, the same for all that come from one."""
+
     @property
     def grown(self) -> int:
         """How many more tokens a sequence has once its placeholders are replaced, as far as is known."""
@@ -63,28 +66,44 @@ class RowEncoder:
         self.text = TextEncoder(tokenizer)
         self.renderer = Renderer(tokenizer, cfg.template, cfg.data, self.text)
         self._eos_id = tokenizer.eos_token_id
-        self._single_eos = cfg.template.single_eos
+        self._single_eos, self._has_slots = cfg.template.single_eos, cfg.template.has_slots
+        self._num_tokens = len(tokenizer)
         # Text that is packed one row behind the other is cut where a sequence is full, not here.
         self._limit = None if cfg.data.packing is Packing.concatenate else cfg.data.max_length
         self._bos_ids = _opening_ids(tokenizer)
         self._placeholders = Placeholders(cfg.data, tokenizer)
 
-    def encode(self, items: Sequence[Item]) -> list[EncodedRow | BadRow]:
+    def encode(self, items: Sequence[Item], origins: Sequence[int] = ()) -> list[EncodedRow | BadRow]:
         """Tokenise rows, all texts of the batch at once; the rows that cannot be trained on come back as `BadRow`.
 
         Of one item there may come several rows: one for each reply, where the template rewrites earlier turns.
+
+        Args:
+            items: What the rows were read as.
+            origins: Of each item, the number of its row.
         """
         drafts: list[_Draft | BadRow] = []
-        for item in items:
+        for item, origin in zip(items, origins or range(len(items)), strict=True):
             try:
                 media = self._placeholders.located(item)
                 found = _DRAFTS[type(item)](self, item)
-                drafts += [replace(draft, media=media, whole=len(found) == 1) for draft in found] if media else found
+                for draft in found:
+                    draft.media, draft.whole, draft.origin = media, len(found) == 1, origin
+                drafts += found
             except BadRow as bad:
                 drafts.append(bad)
-        texts = [part.text for draft in drafts if isinstance(draft, _Draft) for side in draft.sides for part in side]
-        ids = iter(self.text.encode_many(texts))
+        sides = [side for draft in drafts if isinstance(draft, _Draft) for side in draft.sides]
+        before = [before for side in sides for before in self._before(side)]
+        ids = iter(self.text.encode_many([part.text for side in sides for part in side], before))
         return [draft if isinstance(draft, BadRow) else self._finished(draft, ids) for draft in drafts]
+
+    def _before(self, side: Sequence[Part]) -> list[str]:
+        """Return what stands before each part, where a part goes on with it.
+
+        The tokenizer's own template writes one text, which is only cut where a reply begins. The slots of a named one
+        are tokenised each for itself, as LLaMA-Factory does.
+        """
+        return [""] * len(side) if self._has_slots else ["", *(part.text for part in side[:-1])]
 
     def prompt_ids(self, messages: Sequence[Any], row: Row, tools: list[Any] | None = None) -> list[int]:
         """Return the tokens that a model is given to reply to messages: those that training has before a reply.
@@ -116,7 +135,7 @@ class RowEncoder:
         if not draft.prompt_only and not all(sequence.learned for sequence in sequences):
             what = f"the first {self._limit} tokens hold" if too_long else "the row holds"
             return BadRow(draft.row, f"{what} nothing to learn", "a reply to learn, or another data.train_on")
-        return EncodedRow(draft.row, sequences, draft.extra, too_long, draft.special_as_text, media)
+        return EncodedRow(draft.row, sequences, draft.extra, too_long, draft.special_as_text, media, draft.origin)
 
     def _cut(self, sequences: list[Encoded], draft: _Draft, grown: int) -> list[Encoded]:
         """Cut the sequences of a row whose placeholders become ``grown`` more tokens."""
@@ -193,10 +212,13 @@ class _Draft:
     whole: bool = True
     """Whether it is all of its row, and not the part of it up to one reply."""
 
+    origin: int = 0
+
 
 def _conversation(encoder: RowEncoder, item: Conversation) -> list[_Draft]:
-    special = _special_as_text(encoder, item.messages)
-    return [_Draft(item.row, [parts], special_as_text=special) for parts in encoder.renderer.sequences(item)]
+    special, everything = _special_as_text(encoder, item.messages), encoder.data.train_on is TrainOn.all
+    found = encoder.renderer.sequences(item)
+    return [_Draft(item.row, [parts], open_end=everything, special_as_text=special) for parts in found]
 
 
 def _pair(encoder: RowEncoder, item: Pair) -> list[_Draft]:
@@ -237,7 +259,11 @@ def _text(encoder: RowEncoder, item: Text) -> list[_Draft]:
     ]
 
 
-def _tokens(_: RowEncoder, item: Tokens) -> list[_Draft]:
+def _tokens(encoder: RowEncoder, item: Tokens) -> list[_Draft]:
+    highest = max(*item.input_ids, *item.labels, 0)
+    if highest >= encoder._num_tokens:
+        message = f"holds the token {highest}, and the tokenizer has {encoder._num_tokens}"
+        raise BadRow(item.row, message, "rows tokenised by this model's tokenizer")
     ready = Encoded(item.input_ids)
     ready.labels = item.labels
     return [_Draft(item.row, [], ready=ready, open_end=True)]
@@ -272,15 +298,23 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return with_it[: next(starts, 0)]
 
 
-def understood(rows: Iterable[tuple[Opened, Row | BadRow]], kind: str) -> tuple[list[Item], list[BadRow]]:
-    """Read rows as the kind that a stage trains on; return also those that cannot be."""
+def understood(rows: Iterable[tuple[Opened, Row | BadRow]], kind: str) -> tuple[list[Item], list[int], list[BadRow]]:
+    """Read rows as the kind that a stage trains on.
+
+    Returns:
+        The items, of one row there may be several; the number of the row that each comes from, counted from 0; and the
+        rows that cannot be trained on.
+    """
     items: list[Item] = []
+    origins: list[int] = []
     bad: list[BadRow] = []
-    for opened, row in rows:
+    for number, (opened, row) in enumerate(rows):
         try:
             if isinstance(row, BadRow):
                 raise row
-            items += understand(row, kind, opened.format, opened.columns, opened.tags)
+            found = understand(row, kind, opened.format, opened.columns, opened.tags)
+            items += found
+            origins += [number] * len(found)
         except BadRow as error:
             bad.append(error)
-    return items, bad
+    return items, origins, bad

@@ -243,7 +243,15 @@ class _Own:
             text = self.render(index + 1)
             if not text.startswith(done):
                 return None
-            pieces += self._reply(text[len(done) :], index) if reply else [Piece(text[len(done) :], Kind.prompt, index)]
+            piece = text[len(done) :]
+            if reply:
+                pieces += self._reply(piece, index)
+            else:
+                pieces += (
+                    self._message(piece, index)
+                    if self._renderer.is_apart(message)
+                    else [Piece(piece, Kind.prompt, index)]
+                )
             done = text
         return pieces
 
@@ -318,6 +326,20 @@ class _Own:
             )
         assert isinstance(text, str)
         return text
+
+    def _message(self, text: str, index: int) -> list[Piece]:
+        """Split a rendered message that is learned and no reply: before its own words stands a header, which is not.
+
+        Raises:
+            BadRow: Its words are not in the text as they are.
+        """
+        content = self._messages[index]["content"]
+        start = text.rfind(content.strip()) if isinstance(content, str) else -1
+        if start < 0:
+            message = f"the chat template writes the {self._messages[index]['role']} message in other words"
+            raise BadRow(self._item.row, message, _OTHER_TEMPLATE)
+        words, *after = self._reply(text[start:], index)
+        return [Piece(text[:start], Kind.prompt, -1), words._replace(kind=Kind.prompt), *after]
 
     def _reply(self, text: str, index: int) -> list[Piece]:
         """Split a rendered reply after its end-of-turn token; white space that follows it is never generated."""

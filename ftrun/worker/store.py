@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -23,6 +25,7 @@ from ftrun.config import Config
 from ftrun.data import Data, OnBadRow, Packing, TooLong, sources
 from ftrun.data.rows import BadRow, Conversation, Row
 from ftrun.data.sources import Opened
+from ftrun.errors import ConfigError, Problem
 from ftrun.worker import encode
 from ftrun.worker.encode import SIDES, EncodedRow, RowEncoder
 from ftrun.worker.media import processor
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 BATCH = 1024
 """Rows of a file that are tokenised together; no more than these are in memory."""
 
+_CANNOT_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR,
+)  # fmt: skip
 _WORTH_PROCESSES = 8_000_000
 """Bytes of a source from which on several processes tokenise it, where the config does not say how many."""
 
@@ -131,14 +137,33 @@ def _fetched(
 ) -> StoredRows:
     key = _digest(needs)[:32]
     place = folder() / key
-    if not (place / META).is_file():
+    if (stored := _stored(place)) is not None:
+        return stored
+    try:
         folder().mkdir(parents=True, exist_ok=True)
         with FileLock(folder() / f"{key}.lock"):
-            if not (place / META).is_file():
-                say(f"tokenising {opened.name}")
-                _build(place, cfg, tokenizer, opened, needs)
-    os.utime(place / META)  # when it was last of use
-    return StoredRows(place)
+            if (stored := _stored(place)) is not None:  # somebody else was at it
+                return stored
+            shutil.rmtree(place, ignore_errors=True)
+            say(f"tokenising {opened.name}")
+            _build(place, cfg, tokenizer, opened, needs)
+        return StoredRows(place)
+    except OSError as error:
+        message = f"{folder()} cannot be written to: {error.strerror or error}"
+        raise ConfigError(
+            [Problem("FTRUN_CACHE", message, "export FTRUN_CACHE=FOLDER of your own, with room")]
+        ) from None
+
+
+def _stored(place: Path) -> StoredRows | None:
+    """Return what lies there, or nothing if there is nothing whole."""
+    try:
+        stored = StoredRows(place)
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are of the first two kinds
+        return None
+    with contextlib.suppress(OSError):  # a cache of somebody else's
+        os.utime(place / META)  # when it was last of use
+    return stored
 
 
 def _build(place: Path, cfg: Config, tokenizer: PreTrainedTokenizerBase, opened: Opened, needs: dict[str, Any]) -> None:
@@ -153,8 +178,8 @@ def _build(place: Path, cfg: Config, tokenizer: PreTrainedTokenizerBase, opened:
 @contextlib.contextmanager
 def made_whole(place: Path) -> Iterator[Path]:
     """Give a folder to write to, which becomes ``place`` at the end, and is removed if anything goes wrong."""
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".partial", dir=place.parent))
     try:
         yield partial
         try:
@@ -228,8 +253,8 @@ class _Part:
         """Read all rows, tokenise this part of them, and write them batch by batch."""
         schema = schema_of(self.sides)
         with pa.OSFile(str(self.file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in self._batches():
-                rows = [kept for found in self._encoded(batch) if (kept := self.report.take(found))]
+            for first, batch in self._batches():
+                rows = [kept for found in self._encoded(first, batch) if (kept := self.report.take(found))]
                 writer.write_batch(record_batch(rows, self.sides, schema))
                 if self._enough():
                     break
@@ -240,21 +265,22 @@ class _Part:
         bad = self.cfg.data.on_bad_row is OnBadRow.error and self.report.bad >= MOST_PROBLEMS
         return bad or (self.cfg.data.too_long is TooLong.error and self.report.dropped > 0)
 
-    def _batches(self) -> Iterator[list[Row | BadRow]]:
+    def _batches(self) -> Iterator[tuple[int, list[Row | BadRow]]]:
+        """Yield this part's batches, each with the number of its first row."""
         rows = iter(sources.read(self.opened))
         number = 0
         while batch := list(islice(rows, BATCH)):
             if number % self.count == self.number:
-                yield batch
+                yield number * BATCH, batch
             number += 1
 
-    def _encoded(self, batch: list[Row | BadRow]) -> list[EncodedRow | BadRow]:
+    def _encoded(self, first: int, batch: list[Row | BadRow]) -> list[EncodedRow | BadRow]:
         """Understand and tokenise a batch of rows."""
-        items, bad = encode.understood(((self.opened, row) for row in batch), self.cfg.stage.rows)
-        found = self.encoder.encode(items)
+        items, origins, bad = encode.understood(((self.opened, row) for row in batch), self.cfg.stage.rows)
+        found = self.encoder.encode(items, [first + origin for origin in origins])
         self._keep_prompts(items)
         self.report.read += len(batch)
-        self.report.rows += len({(one.row.file, one.row.line) for one in found if isinstance(one, EncodedRow)})
+        self.report.rows += len({one.origin for one in found if isinstance(one, EncodedRow)})
         return [*bad, *found]
 
     def _keep_prompts(self, items: list[Any]) -> None:

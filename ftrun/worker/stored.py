@@ -51,7 +51,7 @@ def schema_of(sides: tuple[str, ...]) -> pa.Schema:
     """Return the columns of rows that have a sequence for each of these names."""
     tokens, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     columns = [("file", pa.dictionary(pa.int32(), pa.string())), ("line", pa.int64()), ("extra", pa.string())]
-    columns += [("media", pa.list_(_MEDIUM)), ("grown", pa.int32())]
+    columns += [("media", pa.list_(_MEDIUM)), ("grown", pa.int32()), ("origin", pa.int64())]
     for side in sides:
         columns += [
             (f"{side}ids", tokens), (f"{side}spans", tokens), (f"{side}weights", floats), (f"{side}labels", tokens),
@@ -67,6 +67,7 @@ def record_batch(rows: list[EncodedRow], sides: tuple[str, ...], schema: pa.Sche
         [None if row.extra is None else json.dumps(row.extra) for row in rows],
         [[_saved(medium) for medium in row.media] for row in rows],
         [row.grown for row in rows],
+        [row.origin for row in rows],
     ]
     for number in range(len(sides)):
         each = [row.sequences[number] for row in rows]
@@ -137,8 +138,8 @@ class StoredRows:
     @property
     def origins(self) -> np.ndarray[Any, Any]:
         """A number for each row that is the same for those that come from one row of a file."""
-        lines = [batch.column("line").to_numpy() for batch in self._batches]
-        flat = np.concatenate(lines) if lines else np.zeros(0, np.int64)
+        found = [batch.column("origin").to_numpy() for batch in self._batches]
+        flat = np.concatenate(found) if found else np.zeros(0, np.int64)
         return np.concatenate([[0], np.cumsum(np.diff(flat) != 0)])[: len(flat)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class RawRows:
 
     def __init__(self, cfg: Config, opened: Sequence[Opened], position: Position) -> None:
         data, count = cfg.data, len(opened)
+        self._seed = cfg.seed
         self._opened = opened
         self.rows, self.passes = position.rows or [0] * count, position.passes or [0] * count
         # One source after the other, without an end to any, is to begin with the first again after the last.
@@ -109,13 +110,13 @@ class RawRows:
         opened, current = self._opened[number], self.passes[number]
         found = sources.read(opened)
         if self._in_turn and opened.weight != 1:
-            found = _weighted(found, opened.weight, current)
+            found = _weighted(found, opened.weight, f"{self._seed} {number} {current}")
         return islice(found, self.rows[number], None)
 
 
-def _weighted(rows: Iterator[Row | BadRow], weight: float, current: int) -> Iterator[Row | BadRow]:
+def _weighted(rows: Iterator[Row | BadRow], weight: float, seed: str) -> Iterator[Row | BadRow]:
     """Yield each row as often as a weight says: of a fraction, a share drawn anew in each pass."""
-    chance = random.Random(current)  # noqa: S311
+    chance = random.Random(seed)  # noqa: S311
     for row in rows:
         for _ in range(int(weight) + (chance.random() < weight % 1)):
             yield row
@@ -213,8 +214,8 @@ class Stream(IterableDataset[dict[str, Any]]):
     def _block(self, rows: list[tuple[Opened, Row | BadRow]], number: int) -> tuple[Report, Iterator[dict[str, Any]]]:
         """Tokenise the rows of a block; return its sequences in the order to train in."""
         report = Report(read=len(rows))
-        items, bad = encode.understood(rows, self.cfg.stage.rows)
-        found = [kept for one in (*bad, *self.encoder.encode(items)) if (kept := report.take(one))]
+        items, origins, bad = encode.understood(rows, self.cfg.stage.rows)
+        found = [kept for one in (*bad, *self.encoder.encode(items, origins)) if (kept := report.take(one))]
         judge(report, self.cfg.data, f"rows {number * len(rows) + 1} and on")
         refuse_packing(report, self.cfg)
         sequences: Any = _InMemory(found, weighted=report.weighted)

@@ -26,6 +26,10 @@ _GUARD = "\ufdd0"
 """Stands in front of a special token that is only text. A Unicode noncharacter, which no text may hold."""
 
 
+_ANCHOR = "\n"
+"""A text that no tokenizer merges with what follows it, to stand where earlier text stood."""
+
+
 class TextEncoder:
     """Tokenises texts, each on its own and without the special tokens that a tokenizer puts around a sequence."""
 
@@ -49,8 +53,16 @@ class TextEncoder:
         """Return the ids of a text; what `guard` has marked is plain text."""
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; what `guard` has marked is plain text."""
+    def encode_many(self, texts: Sequence[str], before: Sequence[str] = ()) -> list[list[int]]:
+        """Return the ids of each text; what `guard` has marked is plain text.
+
+        Args:
+            texts: What to tokenise, each for itself.
+            before: Of each text, the text that it goes on with, or nothing. It makes a difference where a tokenizer
+                puts something in front of a text of its own accord, as SentencePiece does a space.
+        """
+        if self._begins and any(before):
+            return [self._continued(text, earlier) for text, earlier in zip(texts, before, strict=True)]
         out: list[list[int] | None] = [None] * len(texts)
         others: list[int] = []
         words = self._words
@@ -110,17 +122,42 @@ class TextEncoder:
             return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @functools.cached_property
+    def _begins(self) -> bool:
+        """Whether the tokenizer writes the beginning of a text in another way than the same words further on."""
+        first, anchor, both = self._slowly(["a", _ANCHOR, f"{_ANCHOR}a"])
+        return both[: len(anchor)] == anchor and both[len(anchor) :] != first
+
+    @functools.cached_property
+    def _begins_behind_special(self) -> bool:
+        """Whether the words behind a special token are written as the beginning of a text."""
+        first, token, both = self._slowly(["a", self.special[0], f"{self.special[0]}a"])
+        return both[len(token) :] == first
+
+    def _continued(self, text: str, before: str) -> list[int]:
+        """Return the ids of a text that goes on with another, as they are in the two together."""
+        end = self.end_of_last_special(before)
+        behind_special = bool(end) and end == len(before)
+        if not before or (behind_special and self._begins_behind_special):
+            return self.encode(text)
+        anchored = self.encode(_ANCHOR + text)
+        return anchored[len(self._slowly([_ANCHOR])[0]) :]
+
     def _guarded(self, text: str) -> list[int]:
         """Tokenise a text with marks: special tokens without a mark are tokens, those with one are letters."""
         ids: list[int] = []
         start = 0
-        for found in self._special.finditer(text):
-            ids += self._as_text(text[start : found.start()])
-            ids.append(self._tokenizer.convert_tokens_to_ids(found[0]))
-            start = found.end()
-        return ids + self._as_text(text[start:])
+        for found in [*self._special.finditer(text), None]:
+            part = text[start : found.start() if found else len(text)]
+            ids += self._as_text(part, goes_on=start > 0 and not self._begins_behind_special)
+            if found:
+                ids.append(self._tokenizer.convert_tokens_to_ids(found[0]))
+                start = found.end()
+        return ids
 
-    def _as_text(self, text: str) -> list[int]:
+    def _as_text(self, text: str, *, goes_on: bool = False) -> list[int]:
+        if goes_on and text and self._begins:
+            return self._as_text(_ANCHOR + text)[len(self._slowly([_ANCHOR])[0]) :]
         text = self.bare(text)
         if not text:
             return []

@@ -207,6 +207,11 @@ def test_no_tools(tools):
     assert read({"messages": HI, "tools": tools}).tools is None
 
 
+def test_tools_that_are_no_objects_are_a_bad_row():
+    with pytest.raises(BadRow, match="tools is not a list of objects"):
+        read({"messages": HI, "tools": ["[]"]})
+
+
 def test_a_text_that_says_no_tools_is_an_empty_list():
     """Some templates write an empty system message then, as their models have seen it."""
     assert read({"messages": HI, "tools": "[]"}).tools == []

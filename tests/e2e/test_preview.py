@@ -391,7 +391,10 @@ def test_bad_rows_that_the_worker_finds_end_in_2(ask, write):
 DEADLY = """
 import os, sys
 if "ftrun.worker.main" in sys.modules:
-    {}
+    from ftrun.worker import loading
+    def tokenizer(cfg):
+        {}
+    loading.tokenizer = tokenizer
 """
 
 

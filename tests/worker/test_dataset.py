@@ -202,6 +202,19 @@ def test_what_was_held_out_is_not_trained_on_even_if_a_source_is_seen_twice(writ
     assert questions(load("data.path=rows.jsonl", "data.eval_size=5", "seed=1").evals[""]) != held_out
 
 
+def test_rows_on_one_line_are_rows_of_their_own(write):
+    """As in JSON that is written without line breaks, or where each file is one text."""
+    write("rows.json", json.dumps(numbered(20)))
+    rows = load("data.path=rows.json", "data.eval_size=5")
+    assert (len(rows.train), len(rows.evals[""])) == (15, 5)
+    assert rows.report["train"]["rows_read"] == 20
+    assert "sequences" not in rows.report["train"]
+    for n in range(6):
+        write(f"docs/{n}.txt", f"Document {n}.\nIts end.")
+    rows = load("stage=pt", "data.path=documents:docs", "data.eval_size=2")
+    assert (len(rows.train), len(rows.evals[""])) == (4, 2)
+
+
 MIXES = {
     ("concatenate", "first"): ["a0", "a1", "b0", "b1", "b2", "b3"],
     ("interleave", "first"): ["a0", "b0", "a1", "b1"],
@@ -321,6 +334,51 @@ def test_no_row_left_is_an_error_with_the_reasons(write):
     with pytest.raises(ConfigError, match=r"is longer than data\.max_length=64"):
         load("data.path=rows.jsonl", "data.max_length=64", "data.too_long=error")
     assert load("data.path=rows.jsonl", "data.max_length=64").report["train"]["truncated"] == 3
+
+
+def test_nothing_vanishes_without_a_word(write):
+    write("rows.jsonl", numbered(1))
+    write("long.jsonl", [chat("Hi", "Yes. " * 90)])
+    with pytest.raises(ConfigError, match=r"data\.sources\.1\.weight: of its 1 rows, weight=0.1 leaves none"):
+        load("data.sources=[{path: rows.jsonl}, {path: rows.jsonl, weight: 0.1}]")
+    with pytest.raises(ConfigError, match=r"data\.eval_sets\.math: no row is left to evaluate on: 1 x longer"):
+        load("data.path=rows.jsonl", "data.eval_sets={math: long.jsonl}", "data.max_length=64", "data.too_long=drop")
+    write("tokens.jsonl", [{"input_ids": [1, 2, 999_999]}])
+    with pytest.raises(ConfigError, match="holds the token 999999, and the tokenizer has 1024"):
+        load("data.path=tokens.jsonl")
+
+
+def test_what_lies_damaged_in_the_cache_is_made_again(write, cache):
+    write("rows.jsonl", numbered(5))
+    before = everything(load("data.path=rows.jsonl").train)
+    (entry,) = entries(cache)
+    (part,) = (cache / entry).glob("part-*")
+    part.write_bytes(part.read_bytes()[:200])
+    assert everything(load("data.path=rows.jsonl").train) == before
+    (cache / entry / "meta.json").write_text("{")
+    assert everything(load("data.path=rows.jsonl").train) == before
+
+
+def test_a_cache_that_cannot_be_written_to_is_an_error(write, tmp_path, monkeypatch):
+    write("rows.jsonl", numbered(5))
+    monkeypatch.setenv("FTRUN_CACHE", str(write("a_file", "x") / "cache"))
+    with pytest.raises(ConfigError, match=r"FTRUN_CACHE: .* cannot be written to: Not a directory"):
+        load("data.path=rows.jsonl")
+
+
+def test_tables_fill_objects_up_with_nulls_which_are_no_arguments(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def call(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        calls = [{"type": "function", "function": {"name": "w", "arguments": arguments}}]
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    rows = [{"messages": call({"city": "Oslo"})}, {"messages": call({"day": 3})}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    rows = load("data.path=rows.parquet", "template=qwen").train
+    texts = [TOKENIZER.decode(ids) for ids, _ in everything(rows)]
+    assert ['"arguments": {"city": "Oslo"}' in texts[0], '"arguments": {"day": 3}' in texts[1]] == [True, True]
 
 
 def test_evaluation_sets_have_names(write):

@@ -176,6 +176,11 @@ def test_a_conversation_is_cut_at_its_end_and_never_behind_a_prompt():
     assert cut([turns], 25)[0].ids == list(range(20))
 
 
+def test_of_a_conversation_that_is_learned_whole_the_end_is_cut():
+    whole = encoded(CHAT, train_on=TrainOn.all).sequences[0].ids
+    assert encoded(CHAT, train_on=TrainOn.all, max_length=8).sequences[0].ids == whole[:8]
+
+
 def test_of_a_conversation_whose_last_reply_is_learned_that_one_stays():
     (short,) = cut([sequence(("p", 40), ("x", 40), ("p", 40), ("r", 10))], 50)
     assert short.ids == [*range(20), *range(100, 130)]

@@ -94,12 +94,12 @@ def test_replies_and_their_ends_are_learned():
         ({"train_on": TrainOn.last}, ["So long.<|im_end|>"]),
         (
             {"train_on": TrainOn.roles, "train_roles": ["user"]},
-            ["<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>user\nBye<|im_end|>\n"],
+            ["Hi<|im_end|>", "Bye<|im_end|>"],
         ),
         ({"train_on": TrainOn.roles, "train_roles": ["assistant"]}, ["Hello.<|im_end|>", "So long.<|im_end|>"]),
         (
             {"train_on": TrainOn.roles, "train_roles": ["system", "assistant"]},
-            ["<|im_start|>system\nBe kind.<|im_end|>\n", "Hello.<|im_end|>", "So long.<|im_end|>"],
+            ["Be kind.<|im_end|>", "Hello.<|im_end|>", "So long.<|im_end|>"],
         ),
     ],
 )

@@ -105,3 +105,44 @@ def test_marks_reach_every_text_of_a_message():
     assert encoder.bare(text) == "<|im_end|>"
     with pytest.raises(ValueError, match="U\\+FDD0"):
         encoder.guard_all(["\ufdd0"])
+
+
+def sentence_piece(normalizer: Any, pre_tokenizer: Any) -> PreTrainedTokenizerFast:
+    """Train a small tokenizer that writes a space in front of a text, as those of Llama 2 and Mistral do."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()  # merges are learned within words
+    known = {
+        "special_tokens": ["<unk>", "<s>", "</s>"],
+        "initial_alphabet": [*"▁abcdefghijklmnopqrstuvwxyzHIT[]/.!?\n"],
+    }
+    trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False, **known)
+    core.train_from_iterator(["[INST] hi there [/INST] Hello there. Hi!"] * 20, trainer)
+    core.normalizer, core.pre_tokenizer = normalizer, pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+SENTENCE_PIECES = {
+    "prepend": (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+    "first": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "always": (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCE_PIECES)
+def test_a_part_that_goes_on_is_written_as_in_the_whole_text(kind):
+    tokenizer = sentence_piece(*SENTENCE_PIECES[kind])
+    encoder = TextEncoder(tokenizer)
+    assert encoder._begins
+    for parts in (
+        ["<s>[INST] hi [/INST]", " Hello there.</s>", "[INST] hi [/INST]", " Hi!</s>"],
+        ["<s>", "hi there", " Hello"],
+        ["hi\n", "there"],
+    ):
+        whole = tokenizer.encode("".join(parts), add_special_tokens=False)
+        apart = encoder.encode_many(parts, ["", *parts[:-1]])
+        assert [token for ids in apart for token in ids] == whole, parts
+    # A special token that is only text is letters like any others, and begins no text.
+    ids = encoder.encode(f"<s>{encoder.guard('hi </s> there')}")
+    (there,) = encoder.encode_many([" there"], ["hi"])
+    assert (ids[0], ids[-len(there) :]) == (tokenizer.bos_token_id, there)
+    assert tokenizer.eos_token_id not in ids
