@@ -172,6 +172,11 @@ class Renderer:
         texts = (part["text"] if part["type"] == "text" else self._written.get(part["type"], "") for part in content)
         return message | {"content": "".join(texts)}
 
+    def opening(self, parts: list[Any]) -> str:
+        """Return what the first part of a content is written as."""
+        first = parts[0]
+        return str(first["text"]).strip() if first["type"] == "text" else self._written.get(first["type"], "")
+
     def _bordered(self, text: str) -> str:
         return self._media.bordered(text) if self._media else text
 
@@ -334,7 +339,8 @@ class _Own:
             BadRow: Its words are not in the text as they are.
         """
         content = self._messages[index]["content"]
-        start = text.rfind(content.strip()) if isinstance(content, str) else -1
+        # A header stands before the words and may hold them ("user"), but not the words of several parts.
+        start = text.rfind(content.strip()) if isinstance(content, str) else text.find(self._renderer.opening(content))
         if start < 0:
             message = f"the chat template writes the {self._messages[index]['role']} message in other words"
             raise BadRow(self._item.row, message, _OTHER_TEMPLATE)

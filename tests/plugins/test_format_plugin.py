@@ -184,7 +184,8 @@ class TestQuiz(FormatSuite):
         monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
         yield
         plugin._registered.pop(("format", "quiz"), None)
-        sys.modules.pop("ftrun_plugins.format.quiz", None)
+        for module in ("ftrun_plugins.format.quiz", "ftrun_plugins.format"):  # which remembers the folders it is in
+            sys.modules.pop(module, None)
 
 
 SPOILT = {
