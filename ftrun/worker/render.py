@@ -70,7 +70,7 @@ class Renderer:
         """
         strip = (first > 0 or self.data.train_on is TrainOn.last) and not self.data.history_reasoning
         messages = self._prepared(item, strip_history=strip)
-        first += len(messages) - len(item.messages)
+        first += (len(messages) - len(item.messages)) if first else 0
         if self.template.has_slots:
             found = [self._slots(messages, item, strip_history=strip)]
         else:

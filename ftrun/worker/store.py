@@ -149,7 +149,9 @@ def _fetched(
             _build(place, cfg, tokenizer, opened, needs)
         return StoredRows(place)
     except OSError as error:
-        message = f"{folder()} cannot be written to: {error.strerror or error}"
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        message = f"{folder()} cannot be written to: {error.strerror}"
         raise ConfigError(
             [Problem("FTRUN_CACHE", message, "export FTRUN_CACHE=FOLDER of your own, with room")]
         ) from None

@@ -129,6 +129,10 @@ class TextEncoder:
         return both[: len(anchor)] == anchor and both[len(anchor) :] != first
 
     @functools.cached_property
+    def _anchor_length(self) -> int:
+        return len(self._slowly([_ANCHOR])[0])
+
+    @functools.cached_property
     def _begins_behind_special(self) -> bool:
         """Whether the words behind a special token are written as the beginning of a text."""
         first, token, both = self._slowly(["a", self.special[0], f"{self.special[0]}a"])
@@ -140,8 +144,7 @@ class TextEncoder:
         behind_special = bool(end) and end == len(before)
         if not before or (behind_special and self._begins_behind_special):
             return self.encode(text)
-        anchored = self.encode(_ANCHOR + text)
-        return anchored[len(self._slowly([_ANCHOR])[0]) :]
+        return self.encode(_ANCHOR + text)[self._anchor_length :]
 
     def _guarded(self, text: str) -> list[int]:
         """Tokenise a text with marks: special tokens without a mark are tokens, those with one are letters."""
@@ -157,7 +160,7 @@ class TextEncoder:
 
     def _as_text(self, text: str, *, goes_on: bool = False) -> list[int]:
         if goes_on and text and self._begins:
-            return self._as_text(_ANCHOR + text)[len(self._slowly([_ANCHOR])[0]) :]
+            return self._as_text(_ANCHOR + text)[self._anchor_length :]
         text = self.bare(text)
         if not text:
             return []

@@ -151,6 +151,7 @@ def test_a_template_that_rewrites_history_gives_a_sequence_to_each_reply():
     assert shown(first).startswith("".join(renderer(REWRITES).prompt(THINKING[:1], row)))
     assert shown(second).startswith("".join(renderer(REWRITES).prompt(THINKING[:3], row)))
     assert len(renderer(REWRITES, train_on=TrainOn.last).sequences(conversation(THINKING))) == 1
+    assert len(renderer(REWRITES, system="Be brief.").sequences(conversation(THINKING))) == 2
 
 
 def test_where_no_mask_can_be_right_there_is_an_error_and_no_guess():
