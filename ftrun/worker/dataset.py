@@ -55,8 +55,8 @@ class Selected:
     def __getitem__(self, position: int) -> dict[str, Any]:
         stored, index = self._at(position)
         row = stored[index]
-        if stored.sides != ("",):
-            row["index"] = position
+        if stored.keeps_extra:
+            row |= {"index": position, "extra": stored.extra(index)}
         elif self._weighted and "weights" not in row:
             row["weights"] = np.ones(len(row["input_ids"]), np.float32)
         return row

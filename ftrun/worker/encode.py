@@ -23,7 +23,7 @@ from ftrun.worker.truncation import cut, cut_each_at_its_end, cut_turns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 3
+VERSION = 4
 """Raised when the same row gives other tokens than before: what was tokenised is then tokenised again."""
 
 
@@ -36,7 +36,7 @@ class EncodedRow:
     """One; of a pair two, the better first."""
 
     extra: Any = None
-    """A pair's margin, feedback's label, a question's answer."""
+    """What else a stage reads of it (`EXTRA`)."""
 
     truncated: bool = False
     special_as_text: bool = False
@@ -56,6 +56,13 @@ class EncodedRow:
 
 SIDES: dict[str, tuple[str, ...]] = {"pairs": ("chosen", "rejected")}
 """The names of a row's sequences, for kinds of rows that have several."""
+
+EXTRA = {
+    "pairs": "the margin, or None",
+    "feedback": "whether the reply is a good one",
+    "questions": "the prompt's messages as `prompt`, and the `answer`, or None",
+}
+"""What is kept of a row beside its sequences, for kinds of rows of which anything is."""
 
 
 class RowEncoder:
@@ -241,7 +248,8 @@ def _question(encoder: RowEncoder, item: Question) -> list[_Draft]:
     texts = encoder.renderer.prompt(item.prompt, item.row, item.tools)
     parts = [Part(text, 0.0, False) for text in texts]
     special = _special_as_text(encoder, item.prompt)
-    return [_Draft(item.row, [parts], item.answer, prompt_only=True, special_as_text=special)]
+    kept = {"prompt": item.prompt, "answer": item.answer}
+    return [_Draft(item.row, [parts], kept, prompt_only=True, special_as_text=special)]
 
 
 def _text(encoder: RowEncoder, item: Text) -> list[_Draft]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ftrun.worker.encode import SIDES, EncodedRow
+from ftrun.worker.encode import EXTRA, SIDES, EncodedRow
 from ftrun.worker.media.place import Located
 from ftrun.worker.report import Report
 from ftrun.worker.sequence import arrays
@@ -114,7 +114,11 @@ class StoredRows:
         self.place = place
         meta = json.loads((place / META).read_text())
         self.name, self.report = str(meta["name"]), Report.of(meta["report"])
-        self.sides = SIDES.get(meta["needs"]["kind"], ("",))
+        kind = meta["needs"]["kind"]
+        self.sides = SIDES.get(kind, ("",))
+        self.keeps_extra = kind in EXTRA
+        """Whether a stage reads of a row more than its sequences."""
+
         files = [pa.ipc.open_file(pa.memory_map(str(file))) for file in sorted(place.glob("part-*.arrow"), key=_number)]
         count = sum(file.num_record_batches for file in files)
         self._batches = [files[n % len(files)].get_batch(n // len(files)) for n in range(count)]
@@ -156,7 +160,7 @@ class StoredRows:
         return f"{columns.column('file')[row].as_py()}:{columns.column('line')[row].as_py()}"
 
     def extra(self, index: int) -> Any:
-        """Return what else is kept of a row: a pair's margin, feedback's label, a question's answer."""
+        """Return what else is kept of a row (`ftrun.worker.encode.EXTRA`)."""
         batch, row = self._find(index)
         text = self._batches[batch].column("extra")[row].as_py()
         return None if text is None else json.loads(text)

@@ -95,7 +95,8 @@ def test_feedback_keeps_its_label_and_a_question_its_answer():
     assert found.extra is False
     assert [label for label in arrays(found)[0]["labels"].tolist() if label != IGNORED] == ids_of("Yes.<|im_end|>")
     found = encoded({"prompt": "Hi", "answer": "4"}, "questions")
-    assert (found.extra, found.sequences[0].ids, found.sequences[0].spans) == ("4", ids_of(PROMPT), [])
+    assert found.extra == {"prompt": [{"role": "user", "content": "Hi"}], "answer": "4"}
+    assert (found.sequences[0].ids, found.sequences[0].spans) == (ids_of(PROMPT), [])
 
 
 def test_a_row_that_is_tokenised_already_is_taken_as_it_is():
