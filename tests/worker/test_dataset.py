@@ -187,7 +187,7 @@ def test_pairs_have_two_sides_and_a_number(write):
     rows = load("stage=dpo", "data.path=rows.jsonl").train
     assert [row["index"] for row in (rows[0], rows[2])] == [0, 2]
     assert rows.lengths.tolist() == [len(rows[n]["chosen"]["input_ids"]) for n in range(3)]
-    assert set(rows[0]) == {"chosen", "rejected", "index"}
+    assert set(rows[0]) == {"chosen", "rejected", "index", "extra"}
 
 
 def test_what_was_held_out_is_not_trained_on_even_if_a_source_is_seen_twice(write):
