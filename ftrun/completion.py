@@ -140,11 +140,11 @@ def _defaults(file: Path) -> str:
 
 
 def _keys(before: Sequence[str], group: str) -> Iterator[str]:
-    if group == "tracker":
+    if group in plugin.SEVERAL:
         for name in re.findall(r"\w+", _chosen(before, group)):
             if plugin.exists(group, name):
                 fields = dataclasses.fields(plugin.get(group, name))
-                yield from (f"tracker.{name}.{f.name}" for f in fields if f.name != "name")
+                yield from (f"{plugin.place(group, name)}.{f.name}" for f in fields if f.name != "name")
     elif cls := _schema(before, group):
         yield from (f"{group}.{f.name}" for f in dataclasses.fields(cls) if f.name not in ("name", "sizes"))
 
@@ -157,9 +157,9 @@ def _values(before: Sequence[str], key: str) -> Iterator[str]:
         yield from re.findall(r"^  ([\w.-]+): ", file.read_text(encoding="utf-8") if file else "", re.MULTILINE)
         return
     group, _, name = key.rpartition(".")
-    if group.startswith("tracker."):
-        tracker = group.partition(".")[2]
-        cls = plugin.get("tracker", tracker) if plugin.exists("tracker", tracker) else None
+    above, _, option = group.partition(".")
+    if above in plugin.SEVERAL:
+        cls = plugin.get(above, option) if plugin.exists(above, option) else None
     else:
         cls = _schema(before, group) if group else Config
     hint = typing.get_type_hints(cls).get(name) if cls else None

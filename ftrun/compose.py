@@ -64,7 +64,7 @@ class PluginSource(ConfigSource):
             raise plugin.PluginError(
                 f"{group}={name} has a field that is wrong: {error.full_key}: {str(error).splitlines()[0]}"
             ) from None
-        package = f"tracker.{name}" if group == "tracker" else None
+        package = plugin.place(group, name) if group in plugin.SEVERAL else None
         return ConfigResult(
             provider=self.provider,
             path=f"ftrun://{config_path}",

@@ -25,7 +25,7 @@ from ftrun.errors import ConfigError, Problem, did_you_mean
 from ftrun.fields import MISSING
 from ftrun.hardware import Hardware
 from ftrun.model import Model
-from ftrun.plugin import Adapter, Optimizer, Plugin, Quant, Stage, Tracker
+from ftrun.plugin import Adapter, Optimizer, Plugin, Quant, Reward, Stage, Tracker
 from ftrun.template import Template
 from ftrun.train import Train
 
@@ -54,6 +54,7 @@ class Config:
     train: Train = field(default_factory=Train)
     hardware: Hardware = field(default_factory=Hardware)
     tracker: dict[str, Tracker] = field(default_factory=dict)
+    reward: dict[str, Reward] = field(default_factory=dict)
 
     seed: int = fields.ranged(42, ge=0, lt=2**32)
     """Seed of everything random: initial weights, the order of rows, dropout."""
@@ -76,7 +77,8 @@ class Config:
     @property
     def chosen(self) -> list[Plugin]:
         """The chosen plugins of all groups."""
-        return [self.stage, self.adapter, self.quant, self.optimizer, *self.tracker.values()]
+        each = [self.stage, self.adapter, self.quant, self.optimizer]
+        return [*each, *self.tracker.values(), *self.reward.values()]
 
     @property
     def folder(self) -> Path:
@@ -106,8 +108,9 @@ class Config:
             schema: DictConfig = OmegaConf.structured(cls)
             for group in _CHOSEN:
                 schema[group] = plugin.get(group, str(saved[group].name))
-            for name in map(str, saved.tracker):
-                schema.tracker[name] = plugin.get("tracker", name)
+            for group in plugin.SEVERAL:
+                for name in map(str, saved[group]):
+                    schema[group][name] = plugin.get(group, name)
             return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, saved)))
         except OmegaConfBaseException as error:
             message, fix = f"is damaged: {error.full_key or ''}: {str(error).splitlines()[0]}", _ANOTHER_COPY
@@ -118,7 +121,7 @@ class Config:
         raise ConfigError([Problem(str(path), message, fix)])
 
 
-_CHOSEN = ("stage", "adapter", "quant", "optimizer")
+_CHOSEN = tuple(group for group in plugin.GROUPS if group not in plugin.SEVERAL)
 """The groups of which a run has one plugin each."""
 
 _ANOTHER_COPY = "another copy of the file, or a new run with the words in manifest.json"
@@ -171,7 +174,8 @@ def _lack(saved: DictConfig) -> str:
     for group in _CHOSEN:
         if not isinstance(saved[group], DictConfig) or "name" not in saved[group]:
             return f"is not whole: it does not say which {group} it is"
-    for key, kind, text in (("plugins", ListConfig, "a list"), ("tracker", DictConfig, "NAME: KEYS")):
+    several = [(group, DictConfig, "NAME: KEYS") for group in plugin.SEVERAL]
+    for key, kind, text in (("plugins", ListConfig, "a list"), *several):
         if not isinstance(saved[key], kind):
             return f"is damaged: {key} is not {text}"
     return ""
@@ -223,6 +227,8 @@ def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Prob
         problems.append(Problem("data.path", "has no value", "data.path=FILE"))
     if cfg.data.path is None and not cfg.data.sources:
         cfg.data.path = cfg.stage.default_data or None
+    if not cfg.reward and cfg.stage.default_reward:
+        cfg.reward[cfg.stage.default_reward] = _default_reward(cfg.stage.default_reward)
     if cfg.optimizer.lr is None:
         rate = cfg.stage.default_lr * cfg.adapter.lr_scale * cfg.optimizer.lr_scale
         cfg.optimizer.lr = float(f"{rate:.6g}")  # 1e-6 times 10 is 9.999999999999999e-06
@@ -230,6 +236,10 @@ def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Prob
     for option in cfg.chosen:
         problems += option.check(cfg)
     return cfg, problems
+
+
+def _default_reward(name: str) -> Reward:
+    return cast(Reward, OmegaConf.to_object(OmegaConf.structured(plugin.get(Reward.group, name))))
 
 
 def _typed(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
@@ -265,6 +275,7 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     yield from cfg.hardware.check(cfg.train)
     yield from template.check(cfg.template)
     yield from keys.check(cfg)
+    yield from _rewards(cfg)
     known = _metrics(cfg)
     if cfg.objective and known and cfg.objective not in known:
         yield Problem(
@@ -274,11 +285,22 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _rewards(cfg: Config) -> Iterator[Problem]:
+    """Yield whether rewards and the stage do not go together."""
+    stage = f"stage={cfg.stage.name}"
+    if cfg.reward and not cfg.stage.default_reward:
+        fix = "leave reward=... out, or a stage that has replies judged (`ftrun list stage`)"
+        yield Problem("reward", f"{stage} writes no replies, so there is nothing that a reward could judge", fix)
+    elif cfg.stage.rows == "questions" and not cfg.reward:
+        fix = f"reward=NAME, NAME one of {', '.join(plugin.names(Reward.group))}"
+        yield Problem("reward", f"{stage} learns from what its replies are worth, and nothing judges them", fix)
+
+
 def _metrics(cfg: Config) -> list[str]:
     """Return the metrics that a run may end with: those of its stage, and those of each evaluation set with a name."""
     ours = list(cfg.stage.metrics)
-    evaluated = [metric.removeprefix("eval_") for metric in ours if metric.startswith("eval_")]
-    return ours + [f"eval_{name}_{metric}" for name in cfg.data.eval_sets for metric in evaluated]
+    of_sets = [metric.partition("_") for metric in ours if metric.startswith(("eval_", "predict_"))]
+    return ours + [f"{kind}_{name}_{metric}" for name in cfg.data.eval_sets for kind, _, metric in of_sets]
 
 
 _CORE_READS = ("model.size", "model.sizes.*", "hardware.*")

@@ -26,6 +26,7 @@ import pytest
 
 import ftrun
 from ftrun import config, fields, launch, plugin, record
+from ftrun.completions import Completion
 from ftrun.config import Config
 from ftrun.data import formats
 from ftrun.data.rows import BadRow, Row
@@ -274,6 +275,56 @@ class TrackerSuite(PluginSuite):
         assert result.status is record.Status.completed
 
 
+class RewardSuite(PluginSuite):
+    """What a reward owes. It runs with the first stage that has replies judged, on the data set of that stage."""
+
+    group = "reward"
+
+    replies: ClassVar[tuple[tuple[str, Any], ...]] = (("It is 4.", "4"), ("5", "4"), ("", "4"), ("Who knows?", None))
+    """Replies with the answers of their rows, as the reward knows them: None for a row without one."""
+
+    @property
+    def words(self) -> list[str]:
+        """A small run with this option, as it would be typed."""
+        stages = ((name, plugin.get("stage", name)) for name in plugin.names("stage"))
+        judging = (name for name, stage in stages if issubclass(stage, plugin.Stage) and stage.default_reward)
+        if not (stage := next(judging, None)):
+            pytest.skip("no stage here has replies judged")
+        return [f"stage={stage}", *super().words]
+
+    def test_judges_every_reply(self, tmp_path: Path) -> None:
+        """One finite value each, or None; none for no replies."""
+        reward, replies = self._prepared(tmp_path)
+        values = reward.score(replies)
+        assert len(values) == len(replies)
+        assert all(value is None or math.isfinite(value) for value in values)
+        assert list(reward.score([])) == []
+
+    def test_judges_a_reply_by_itself(self, tmp_path: Path) -> None:
+        """The same value alone, in another order, and a second time: batches and resuming must not change rewards."""
+        reward, replies = self._prepared(tmp_path)
+        values = list(reward.score(replies))
+        alone = [value for reply in replies for value in reward.score([reply])]
+        for again in (reward.score(replies), alone, list(reward.score(replies[::-1]))[::-1]):
+            for value, other in zip(values, again, strict=True):
+                assert value == other if value is None or other is None else value == pytest.approx(other, abs=1e-4)
+
+    def _prepared(self, folder: Path) -> tuple[plugin.Reward, list[Completion]]:
+        self._needs_its_packages()
+        run = _small_run(folder, self.words)
+        reward = run.cfg.reward[self.option]
+        reward.prepare(run, run.cfg.adapter.apply(_small_model(run), run))
+        return reward, [self._reply(run, text, answer) for text, answer in self.replies]
+
+    def _reply(self, run: Run, text: str, answer: Any) -> Completion:
+        prompt = [{"role": "user", "content": "How much is 2 and 2?"}]
+        prompt_ids = run.tokenizer.encode("How much is 2 and 2?")
+        ids = run.tokenizer.encode(text, add_special_tokens=False)
+        return Completion(
+            prompt=prompt, answer=answer, text=text, prompt_ids=prompt_ids, ids=[*ids, run.pad_id], finished=True
+        )
+
+
 class FormatSuite(PluginSuite):
     """What a format owes."""
 
@@ -323,7 +374,8 @@ class FormatSuite(PluginSuite):
 
 
 SUITES: dict[str, type[PluginSuite]] = {
-    suite.group: suite for suite in (StageSuite, AdapterSuite, QuantSuite, OptimizerSuite, TrackerSuite, FormatSuite)
+    suite.group: suite
+    for suite in (StageSuite, AdapterSuite, QuantSuite, OptimizerSuite, TrackerSuite, RewardSuite, FormatSuite)
 }
 """The suite of each group."""
 

@@ -53,9 +53,10 @@ def misunderstood(file: Path, group: str, name: str, found: ConfigResult) -> Ite
         yield Problem(str(file), message, f"begin it with `defaults: [NAME, _self_]`, NAME one of {known}")
     if group in plugin.GROUPS and "name" in config:
         yield Problem(str(file), "name is set by what is chosen", "leave name out")
-    tracker = next((entry for entry in defaults if entry in plugin.names("tracker")), None)
-    if group == "tracker" and package is None and tracker and set(config) - {"defaults"}:
-        yield Problem(str(file), "would set keys of all trackers", f"begin it with # @package tracker.{tracker}")
+    if group in plugin.SEVERAL and package is None and set(config) - {"defaults"}:
+        for base in [entry for entry in defaults if entry in plugin.names(group)][:1]:
+            fix = f"begin it with # @package {plugin.place(group, base)}"
+            yield Problem(str(file), f"would set keys of all {group}s", fix)
     if group in options.OPTIONAL_GROUPS:
         for entry in defaults:
             key = next(iter(entry), "") if isinstance(entry, DictConfig) else ""
@@ -178,6 +179,7 @@ ELSEWHERE = {
     "bf16": "train.precision", "fp16": "train.precision", "neftune_noise_alpha": "train.neftune",
     "logging_steps": "train.log_every", "eval_steps": "train.eval_every", "save_steps": "train.save_every",
     "save_total_limit": "train.keep_checkpoints", "report_to": "tracker", "pref_beta": "stage.beta",
+    "reward_funcs": "reward", "reward_model": "reward.model.path",
     "trust_remote_code": "model.trust_remote_code", "chat_template": "template",
 }  # fmt: skip
 """What keys of transformers, TRL, LLaMA-Factory and axolotl are called here."""
@@ -189,11 +191,11 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
     if group in options.OPTIONAL_GROUPS:
         message = f"{group} is a choice of whole recipes and has no keys of its own"
         return Problem(key, message, f"{group}=OPTION, and the keys it sets")
-    if group == "tracker" and (name := rest.partition(".")[0]) not in base.tracker:
-        if name in (trackers := options.names("tracker")):
-            return Problem(key, f"tracker={name} is not chosen in this run", f"tracker={name} {key}=...")
-        message = f"there is no tracker {name}{did_you_mean(name, trackers)}"
-        return Problem(key, message, f"tracker.NAME.KEY=..., NAME one of {', '.join(trackers)}")
+    if group in plugin.SEVERAL and (name := rest.partition(".")[0]) not in base[group]:
+        if name in (known := options.names(group)):
+            return Problem(key, f"{group}={name} is not chosen in this run", f"{group}={name} {key}=...")
+        message = f"there is no {group} {name}{did_you_mean(name, known)}"
+        return Problem(key, message, f"{group}.NAME.KEY=..., NAME one of {', '.join(known)}")
     if group in plugin.GROUPS and (owners := _owners(group, rest)):
         message = f"is not a key of {group}={base[group].name}, but of {', '.join(f'{group}={n}' for n in owners)}"
         return Problem(key, message, f"{group}={owners[0]} {key}=..., or leave {key} out")
@@ -205,9 +207,8 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
     same_name += [other for other in known if other == key.lower()]
     near = list(dict.fromkeys([*same_name, *difflib.get_close_matches(key, known, n=3, cutoff=0.6)]))[:3]
     near += difflib.get_close_matches(key, options.GROUPS, n=1, cutoff=0.6) if "." not in key else []
-    chosen = f" of {group}={base[group].name}" if group in plugin.GROUPS and group != "tracker" else ""
-    if group == "tracker":
-        chosen = f" of tracker={rest.partition('.')[0]}"
+    name = rest.partition(".")[0] if group in plugin.SEVERAL else base[group].name if group in plugin.GROUPS else ""
+    chosen = f" of {group}={name}" if name else ""
     meant = f"; did you mean {', '.join(near)}?" if near else ""
     listing = f"`ftrun list {group}` lists its keys" if group in options.GROUPS else "`ftrun show` prints the tree"
     return Problem(key, f"is not a key{chosen}{meant}", f"{near[0]}=..." if near else listing)

@@ -94,9 +94,9 @@ def _show_keys(overrides: Sequence[str]) -> None:
     cfg = config.compose(overrides)
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if f.name == "tracker":
-            for name, tracker in value.items():
-                _show_node(f"tracker.{name}", tracker, title=f"tracker={name}")
+        if f.name in plugin.SEVERAL:
+            for name, option in value.items():
+                _show_node(plugin.place(f.name, name), option, title=f"{f.name}={name}")
         elif dataclasses.is_dataclass(value):
             _show_node(f.name, value)
     top = {
@@ -225,7 +225,7 @@ def _formats(option: str) -> Iterator[dict[str, Any]]:
 def keys(group: str, option: str) -> Iterator[dict[str, Any]]:
     """Yield the keys of one option: a plugin's fields, a schema's as a preset sets them, or what a recipe sets."""
     if options.yaml_file(f"{group}/{option}") is None:
-        yield from keys_of(plugin.get(group, option), f"tracker.{option}." if group == "tracker" else f"{group}.")
+        yield from keys_of(plugin.get(group, option), f"{plugin.place(group, option)}.")
     elif (cls := schema(group)) is None:
         yield from preset(group, option)
     else:

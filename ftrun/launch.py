@@ -66,10 +66,11 @@ def wrong_on_disk(cfg: Config, *, to_run: bool = True) -> list[Problem]:
     """Return what is wrong with the model and the first rows that a config names.
 
     Args:
-        cfg: The config, of which the groups model, data and stage are read.
+        cfg: The config.
         to_run: Whether a run is to start from it, which needs weights.
     """
-    return [*model.check(cfg.model, weights=to_run), *(check_rows(cfg) if cfg.stage.rows else ())]
+    of_options = [problem for option in cfg.chosen for problem in option.check_files(cfg)] if to_run else []
+    return [*model.check(cfg.model, weights=to_run), *of_options, *(check_rows(cfg) if cfg.stage.rows else ())]
 
 
 def resume(folder: Path) -> Result:
@@ -159,12 +160,14 @@ def _is_taken(folder: Path) -> Problem:
 
 
 def settle(cfg: Config) -> None:
-    """Settle, in place, what depends on where and when: the model's files, the paths of rows, today's date.
+    """Settle, in place, what depends on where and when: models' files, the paths of rows, today's date.
 
     Raises:
-        ConfigError: The model is nowhere to be found.
+        ConfigError: A model is nowhere to be found.
     """
     cfg.model = model.locate(cfg.model)
+    for option in cfg.chosen:
+        option.settle(cfg)
     make_absolute(cfg.data)
     cfg.template.date = cfg.template.date or datetime.now().date().isoformat()
 

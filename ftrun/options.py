@@ -30,6 +30,7 @@ GROUPS = {
     "train": "how long, and in what batches",
     "hardware": "what it is computed on",
     "tracker": "who else is told the metrics",
+    "reward": "what a reply is worth",
     "method": "published recipes over several groups",
     "experiment": "whole runs worth keeping",
     "debug": "short runs that look for trouble",
@@ -38,6 +39,9 @@ GROUPS = {
 
 OPTIONAL_GROUPS = ("method", "experiment", "debug")
 """Groups of which nothing is chosen by default; their options set keys of the other groups."""
+
+UNCHOSEN_GROUPS = ("reward", *OPTIONAL_GROUPS)
+"""Groups of which conf/ftrun.yaml chooses nothing; the reward is then the stage's own, if it has replies judged."""
 
 FLAGS = ("--help", "--version", "--multirun")
 """What is typed with dashes, besides ``-h`` and ``-m``."""

@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
     from transformers import PreTrainedModel, TrainerCallback
 
+    from ftrun.completions import Completion
     from ftrun.config import Config
     from ftrun.record import Result
     from ftrun.worker.training import Run
@@ -73,12 +75,38 @@ class Plugin:
         """Yield what this option cannot work with in ``cfg``. Runs before torch is imported."""
         yield from ()
 
+    def check_files(self, cfg: Config) -> Iterator[Problem]:
+        """Yield what is wrong with the files that the option's keys name, as far as this machine's disk can tell."""
+        yield from ()
+
+    def settle(self, cfg: Config) -> None:
+        """Settle, in place, what the option's keys leave to where and when: absolute paths, commits on the hub.
+
+        Raises:
+            ConfigError: Something is nowhere to be found.
+        """
+
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
         """Return what must hook into the training loop, if anything.
 
         One with a method ``on_failure()`` is told so if training raises.
         """
         return ()
+
+
+class ModelHead(Enum):
+    """What a model computes of its last hidden states; the value is what peft calls such a model."""
+
+    causal = "CAUSAL_LM"
+    """Logits of the next token."""
+
+    score = "SEQ_CLS"
+    """One number: what a whole sequence is worth."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that train whole, whatever an adapter trains: hardly a model comes with them."""
+        return ("score",) if self is ModelHead.score else ()
 
 
 @dataclass(kw_only=True)
@@ -94,6 +122,12 @@ class Stage(Plugin):
 
     rows: ClassVar[str] = ""
     """The kind of rows the stage trains on, one of `ftrun.data.formats.KINDS`."""
+
+    head: ClassVar[ModelHead] = ModelHead.causal
+    """What the model that the stage trains computes; a model with another head is given this one, or refused."""
+
+    default_reward: ClassVar[str] = ""
+    """The reward where the user chooses none, of a stage that has replies judged; no other stage takes one."""
 
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics a run ends with, any of which may be the ``objective``; the first is its default."""
@@ -113,6 +147,11 @@ class Adapter(Plugin):
 
     trains_base_weights: ClassVar[bool] = False
     """Whether weights of the model itself train, rather than new ones beside them."""
+
+    @property
+    def off_is_start(self) -> bool:
+        """Whether the model with the adapter switched off (peft's ``disable_adapter``) is what the run starts from."""
+        return False
 
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
         """Return ``model`` with exactly the weights that train set to ``requires_grad``."""
@@ -161,6 +200,23 @@ class Tracker(Plugin):
 
 
 @dataclass(kw_only=True)
+class Reward(Plugin):
+    """What a reply is worth."""
+
+    group: ClassVar[str] = "reward"
+
+    weight: float = ranged(1.0)
+    """How much it counts in the sum of all rewards; below 0 it is a penalty."""
+
+    def prepare(self, run: Run, model: nn.Module) -> None:
+        """Load what it needs. Called once in each process, before the first reply; ``model`` is the policy."""
+
+    def score(self, completions: Sequence[Completion]) -> Sequence[float | None]:
+        """Return one value a reply, before ``weight``; None where it has nothing to say of it."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
 class Format(Plugin):
     """How rows of a layout that ftrun does not know are read: ``data.format=<name>``. It has no keys of its own."""
 
@@ -175,13 +231,23 @@ class Format(Plugin):
         raise NotImplementedError
 
 
-GROUPS: dict[str, type[Plugin]] = {base.group: base for base in (Stage, Adapter, Quant, Optimizer, Tracker)}
+GROUPS: dict[str, type[Plugin]] = {base.group: base for base in (Stage, Adapter, Quant, Optimizer, Tracker, Reward)}
 """The config groups whose options are plugins."""
+
+SEVERAL = (Tracker.group, Reward.group)
+"""Those of which a run may have several options, so that the keys of each carry its name: ``tracker.wandb.mode``."""
 
 KEYED: dict[str, tuple[type[Plugin], str]] = {Format.group: (Format, "data.format")}
 """The other plugins, which no config group holds: they are chosen by the key named here."""
 
-VERBS = {"stage": "run", "adapter": "apply", "quant": "load_arguments", "optimizer": "build", "tracker": "callbacks"}
+VERBS = {
+    "stage": "run",
+    "adapter": "apply",
+    "quant": "load_arguments",
+    "optimizer": "build",
+    "tracker": "callbacks",
+    "reward": "score",
+}
 """The method by which a plugin of each group does its work."""
 
 _registered: dict[tuple[str, str], type[Plugin]] = {}
@@ -221,6 +287,11 @@ def register(cls: P) -> P:
         raise PluginError(f"{what} is defined twice, in {taken.__module__} and in {cls.__module__}")
     _registered[cls.group, name] = cls
     return cls
+
+
+def place(group: str, name: str) -> str:
+    """Return where an option's keys stand in the tree: ``optimizer``, or ``tracker.wandb``."""
+    return f"{group}.{name}" if group in SEVERAL else group
 
 
 def _typed(group: str) -> str:

@@ -5,6 +5,7 @@
 ``manifest.json``     what was typed, versions, hardware, git state, content keys of data and model
 ``metrics.jsonl``     one object a log line
 ``samples.jsonl``     one object a sample reply
+``predictions.jsonl`` one object an evaluation row that was replied to at the end
 ``log.txt``           everything the workers printed
 ``checkpoints/``      ``step-N/``, each complete or absent
 ``model/``            what the run ended with: weights or adapter, tokenizer, model card
@@ -31,6 +32,7 @@ from typing import Any
 from ftrun.errors import Problem
 
 RUN, MANIFEST, METRICS, SAMPLES = "run.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
+PREDICTIONS = "predictions.jsonl"
 LOG, CHECKPOINTS, MODEL, PLOTS, RESULT = "log.txt", "checkpoints", "model", "plots", "result.json"
 
 HEARTBEAT_SECONDS = 10

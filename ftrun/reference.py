@@ -122,7 +122,10 @@ def _sentence(words: str) -> str:
 def _how_to_choose(group: str) -> str:
     if group in options.OPTIONAL_GROUPS:
         return f"None is chosen by default; `{group}=NAME` sets keys of the other groups."
-    return f"Chosen with `{group}=NAME`; the default is `{_defaults()[group]}`."
+    several = f", several with `{group}=[NAME,NAME]`" if group in plugin.SEVERAL else ""
+    if group in options.UNCHOSEN_GROUPS:
+        return f"Chosen with `{group}=NAME`{several}; the default is the stage's own."
+    return f"Chosen with `{group}=NAME`{several}; the default is `{_defaults()[group]}`."
 
 
 def _plugin(group: str, name: str) -> Iterator[str]:
@@ -149,6 +152,8 @@ def _facts(cls: type[plugin.Plugin]) -> Iterator[str]:
         formats = ", ".join(f"`{form}`" for form in KINDS.get(cls.rows, ()))
         yield f"Rows: {cls.rows}" + (f" (formats {formats})." if formats else ".")
         yield f"Without `data.path` it trains on `{cls.default_data}`."
+        if cls.default_reward:
+            yield f"Without `reward` its replies are judged by `reward={cls.default_reward}`."
         yield f"Peak learning rate where every weight trains: {cls.default_lr:g}."
         metrics = ", ".join(f"`{metric}`" for metric in cls.metrics)
         yield f"Metrics: {metrics}; the first that a run has is its objective."

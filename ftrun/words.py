@@ -27,8 +27,8 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
     problems += _load_plugin_files(parsed)
     chosen: list[Override] = []
     values: list[Override] = []
-    recipes = {o.key_or_group: o for o in parsed if o.key_or_group in options.OPTIONAL_GROUPS and not o.is_delete()}
-    null = [group for group, last in recipes.items() if not last.is_sweep_override() and last.value() is None]
+    free = {o.key_or_group: o for o in parsed if o.key_or_group in options.UNCHOSEN_GROUPS and not o.is_delete()}
+    null = [group for group, last in free.items() if not last.is_sweep_override() and last.value() is None]
     for override in parsed:
         if override.key_or_group in null:  # Hydra cannot choose nothing, which is what is chosen anyway
             continue
@@ -157,11 +157,11 @@ def _wrong_choice(override: Override) -> Iterator[Problem]:
     elif isinstance(value, dict):
         first = next(iter(value), "KEY")
         yield Problem(group, "takes an option; its keys are set one by one", f"{group}.{first}={value.get(first)}")
-    elif value is None and group not in options.OPTIONAL_GROUPS:
+    elif value is None and group not in options.UNCHOSEN_GROUPS:
         known = options.names(group)
         neutral = next((name for name in ("none", "auto", "default", "full") if name in known), known[0])
         yield Problem(group, "cannot be null", f"{group}={neutral}")
-    elif isinstance(value, list) and group not in ("tracker", *options.OPTIONAL_GROUPS):
+    elif isinstance(value, list) and group not in (*plugin.SEVERAL, *options.OPTIONAL_GROUPS):
         yield Problem(group, "takes one option, not a list", f"{group}={value[0] if value else 'OPTION'}")
     elif value is not None:
         for name in value if isinstance(value, list) else [value]:

@@ -56,7 +56,7 @@ class Selected:
         stored, index = self._at(position)
         row = stored[index]
         if stored.keeps_extra:
-            row |= {"index": position, "extra": stored.extra(index)}
+            row |= {"index": position, "extra": stored.extra_of(index)}
         elif self._weighted and "weights" not in row:
             row["weights"] = np.ones(len(row["input_ids"]), np.float32)
         return row

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ftrun
 from ftrun import events, record
 from ftrun.record import Result
 from ftrun.worker import device
+from ftrun.worker.best import objective_of
 
 if TYPE_CHECKING:
     from ftrun.worker.training import Run, RunTrainer
@@ -29,17 +32,26 @@ def finish(trainer: RunTrainer, run: Run) -> Result:
     lines = record.read_lines(run.folder / record.METRICS)
     metrics = record.last_values(lines)
     metrics["loss"] = trainer.mean_loss
+    if run.cfg.train.keep_best and trainer.best.step:
+        metrics |= _evaluated_after(trainer.best.step, lines) | {"best_step": trainer.best.step}
     save_model(trainer, run, metrics)
     plot(run, lines)
-    objective = run.cfg.objective or next(name for name in (*run.cfg.stage.metrics, "loss") if name in metrics)
+    objective = objective_of(run.cfg, metrics)
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return Result(
         metrics=metrics,
-        objective=metrics.get(objective),
+        objective=metrics[objective] if objective else None,
         step=trainer.state.global_step,
+        reason="stopped early: evaluations got no better" if trainer.stopped_early else "",
         tokens_per_second=round(sum(speeds) / len(speeds), 1) if speeds else None,
         peak_memory_bytes=device.peak_memory_bytes(run.cfg.hardware.device),
     )
+
+
+def _evaluated_after(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return what the evaluation after a step gave: of the weights that the run ends with, where they are the best."""
+    found = record.last_values([line for line in lines if line["step"] == step])
+    return {name: value for name, value in found.items() if name.startswith("eval_")}
 
 
 def save_model(trainer: RunTrainer, run: Run, metrics: dict[str, float]) -> None:
@@ -85,22 +97,55 @@ Made with ftrun {ftrun.__version__}.
 """
 
 
+_NOT_PLOTTED = {"step", "epoch", "time", "tokens", "tokens_per_second", "rows_read", "rows_cut", "rows_left_out"}
+
+_Panels = dict[str, dict[str, list[tuple[int, float]]]]
+"""By title, by metric: the points (step, value)."""
+
+
 def plot(run: Run, lines: list[dict[str, Any]]) -> None:
-    """Draw the loss over the steps, with the evaluations where there are any."""
+    """Draw the metrics over the steps: the loss and its evaluations in ``loss.png``, all others in ``metrics.png``."""
+    panels = _panels(lines, run.cfg.data.eval_sets)
+    folder = run.folder / record.PLOTS
+    folder.mkdir(exist_ok=True)
+    loss = {title: curves for title, curves in panels.items() if title == "loss"}
+    rest = {title: curves for title, curves in sorted(panels.items()) if title != "loss"}
+    for name, shown in (("loss", loss), ("metrics", rest)):
+        if shown:
+            _draw(shown, run.name, folder / f"{name}.png")
+
+
+def _panels(lines: list[dict[str, Any]], eval_sets: Iterable[str]) -> _Panels:
+    """Put what belongs together into one panel: a metric, its evaluations, and that of chosen and rejected replies."""
+    found: _Panels = {}
+    for line in lines:
+        for name in (name for name in line if name not in _NOT_PLOTTED):
+            title = name.removeprefix("eval_")
+            for each in eval_sets if title != name else ():
+                title = title.removeprefix(f"{each}_")
+            title = title.removesuffix("_chosen").removesuffix("_rejected")
+            found.setdefault(title, {}).setdefault(name, []).append((line["step"], line[name]))
+    return found
+
+
+def _draw(panels: _Panels, name: str, file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in (("loss", {"lw": 1.5}), ("eval_loss", {"marker": "o", "lw": 1.5})):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xlabel="step", ylabel="loss", title=run.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    folder = run.folder / record.PLOTS
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "loss.png", dpi=120)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (7.0, 4.0) if len(panels) == 1 else (5.0 * columns, 3.0 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for unused in axes.flat[len(panels) :]:
+        unused.remove()
+    for panel, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for label, points in curves.items():
+            panel.plot(*zip(*points, strict=True), label=label, lw=1.5, marker="o" if len(points) < 20 else None)
+        panel.set(xlabel="step", title=title)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(name)
+    figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
 from ftrun.hardware import Device
 from ftrun.model import WHEELS, Attention, Dtype, Model, Source, wheel_file
-from ftrun.worker import builtin, wheel
+from ftrun.plugin import ModelHead
+from ftrun.worker import builtin, score_head, wheel
 from ftrun.worker.media import processor
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
         ConfigError: There is no chat template, and the stage needs one.
     """
     events.send("phase", text="loading the tokenizer")
-    loaded = _load_tokenizer(cfg.model)
+    loaded = tokenizer_of(cfg.model)
     _apply_template(loaded, cfg)
     if loaded.pad_token is None:
         # Only ever used where attention is masked and labels are ignored, by position and not by value.
@@ -52,7 +54,8 @@ def _apply_template(loaded: PreTrainedTokenizerBase, cfg: Config) -> None:
         loaded.add_special_tokens({"extra_special_tokens": stop}, replace_extra_special_tokens=False)
 
 
-def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that came with a model, as it is."""
     from transformers import AutoTokenizer
 
     assert model.path
@@ -72,17 +75,17 @@ def _load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the model that the run starts from, in evaluation mode and on the CPU.
+    """Load the model that the run starts from, with the head that its stage trains, in evaluation mode and on the CPU.
 
     Raises:
-        ConfigError: The files are no causal language model, or too small for the tokenizer.
+        ConfigError: The files are no causal language model, or too small for the tokenizer; or the head is another.
     """
     events.send("phase", text="loading the model")
     arguments: dict[str, Any] = {"dtype": _dtype(cfg), **cfg.quant.load_arguments()}
     if cfg.model.attention is not Attention.auto:
         arguments["attn_implementation"] = cfg.model.attention.value
     try:
-        loaded = _load_model(cfg.model, arguments)
+        loaded = as_saved(cfg.model, arguments)
     except (ValueError, ImportError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         key = "model.attention" if "attn" in first.lower() or "attention" in first.lower() else "model.path"
@@ -94,6 +97,7 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         raise ConfigError([Problem(key, f"{cfg.model.path} cannot be loaded: {first}", fix)]) from error
     if cfg.model.source in (Source.hub, Source.wheel):
         loaded.name_or_path = cfg.model.path  # what an adapter says it is for, wherever the files came from
+    loaded = _HEADED[cfg.stage.head](loaded, cfg)
     rows = loaded.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         message = f"the tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings"
@@ -106,7 +110,50 @@ def model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return loaded
 
 
-def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
+def _predicting(loaded: PreTrainedModel, cfg: Config) -> PreTrainedModel:
+    """Return a model that predicts tokens.
+
+    Raises:
+        ConfigError: It scores: transformers would draw a new head for it, and say so in a log that nobody reads.
+    """
+    if score_head.is_on(loaded):
+        kind = loaded.config.architectures[0]
+        message = f"{cfg.model.path} is a {kind}: it scores replies and has no head that predicts tokens"
+        fix = f"the model that it was trained from, or stage=rm instead of stage={cfg.stage.name}"
+        raise ConfigError([Problem("model.path", message, fix)])
+    return loaded
+
+
+def _scoring(loaded: PreTrainedModel, cfg: Config) -> PreTrainedModel:
+    return score_head.with_score(loaded, beside(cfg.model, score_head.VALUE_HEADS), cfg.seed)
+
+
+_HEADED: dict[ModelHead, Callable[[PreTrainedModel, Config], PreTrainedModel]] = {
+    ModelHead.causal: _predicting,
+    ModelHead.score: _scoring,
+}
+"""What makes of a model as its files are one with the head that a stage trains."""
+
+
+def beside(model: Model, names: Sequence[str]) -> Path | None:
+    """Return the first of some files that came with a model's own, if there is one."""
+    from transformers.utils.hub import cached_file
+
+    if model.source not in (Source.folder, Source.run, Source.hub):
+        return None
+    revision = {"revision": model.revision} if model.source is Source.hub else {}
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = (cached_file(_files(model), name, **revision, **quiet) for name in names)
+    return next((Path(file) for file in found if file), None)
+
+
+def as_saved(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Load a model with the head that its files have.
+
+    Args:
+        model: Located.
+        arguments: What `from_pretrained` takes: ``dtype`` at least.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     assert model.path
@@ -126,12 +173,18 @@ def _load_model(model: Model, arguments: dict[str, Any]) -> PreTrainedModel:
 
 
 def _pretrained(files: str, arguments: dict[str, Any], source_arguments: dict[str, Any]) -> PreTrainedModel:
-    """Load a model of text, or one of text and media whole."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    """Load a model by the class that its files are of: of text, of text and media whole, or one that scores."""
+    return _class_of(files, source_arguments).from_pretrained(files, **arguments, **source_arguments)
 
+
+def _class_of(files: str, source_arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    config = AutoConfig.from_pretrained(files, **source_arguments)
+    if score_head.scores_sequences(config) and (cls := score_head.class_for(config)):
+        return cls
     multimodal = processor.multimodal_config(files, source_arguments) is not None
-    loader = AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
-    return loader.from_pretrained(files, **arguments, **source_arguments)
+    return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
 
 
 def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -140,7 +193,7 @@ def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
     if not (ended / "adapter_config.json").is_file():
         return _pretrained(str(ended), arguments, {})
     start = Config.load(folder / record.RUN)
-    return _merge(_load_model(start.model, arguments), ended)
+    return _merge(as_saved(start.model, arguments), ended)
 
 
 def _load_adapter_folder(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -154,8 +207,11 @@ def _load_adapter_folder(folder: Path, arguments: dict[str, Any]) -> PreTrainedM
 
 
 def _merge(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel
+    """Return a model with an adapter merged in, and with the head that the adapter was trained with."""
+    from peft import PeftConfig, PeftModel
 
+    if PeftConfig.from_pretrained(str(adapter)).task_type == ModelHead.score.value and not score_head.is_on(base):
+        base = score_head.put_on(base, score_head.of_adapter(adapter))
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
 
 

@@ -2,116 +2,207 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
-from torch.nn import functional
 
-from ftrun import events
-from ftrun.worker.batches import Batch, is_flat, sequence_of_tokens
-from ftrun.worker.causal import labelled_logits, labelled_positions
-from ftrun.worker.training import RunTrainer, add
+from ftrun.config import Config
+from ftrun.record import Result
+from ftrun.worker import logprobs, reference, training
+from ftrun.worker.batches import Batch, is_flat
+from ftrun.worker.losses.pairs import LOSSES, PairLoss, Pairs, RunningMean, among, chosen_nll, joined
+from ftrun.worker.training import RunTrainer
 
 
-def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the sigmoid loss of each pair (https://arxiv.org/abs/2305.18290, equation 7; smoothed as in cDPO).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is made small: a weighted sum of losses of pairs."""
 
-    Args:
-        chosen: How much more likely the policy makes the better reply than the reference does, in nats, of shape (B,).
-        rejected: The same for the worse reply.
-        beta: How closely the policy stays to the reference.
-        label_smoothing: Probability that the preference is the wrong way round.
-    """
-    margin = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * functional.logsigmoid(margin) - label_smoothing * functional.logsigmoid(-margin)
+    losses: Sequence[tuple[str, float]]
+    """Names in `LOSSES`, each with its weight."""
+
+    settings: dict[str, float]
+    """What the losses read (`Pairs`)."""
+
+    nll_weight: float = 0.0
+    """Weight of the mean negative log-likelihood of the better reply's tokens."""
+
+    tail_weight: float | None = None
+    """How much the tokens count that are beyond the length of the shorter reply: alpha of LD-DPO
+    (https://arxiv.org/abs/2409.06411); None for 1."""
+
+    @property
+    def parts(self) -> list[tuple[PairLoss, float]]:
+        """The losses and their weights."""
+        return [(LOSSES[name], weight) for name, weight in self.losses]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses compares with a reference."""
+        return any(loss.needs_reference for loss, _ in self.parts)
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the step."""
+        return any(loss.coupled or loss.needs_running_mean for loss, _ in self.parts)
+
+    def of(self, pairs: Pairs, others: Pairs | None = None) -> torch.Tensor:
+        """Return the loss of each pair; ``others`` are the other pairs of its step, for losses that look at them."""
+        each = [weight * among(loss.function, pairs, others if loss.coupled else None) for loss, weight in self.parts]
+        nll = self.nll_weight * chosen_nll(pairs) if self.nll_weight else 0.0
+        return torch.stack(each).sum(0) + nll
 
 
 class PreferenceTrainer(RunTrainer):
-    """Trains on pairs; the reference is the policy as it was before the first step.
+    """Trains on pairs, with one forward pass over both sides; losses are normalised over the pairs of a step."""
 
-    The reference's log-probabilities are computed once, before training, by the model itself: no second copy is held,
-    and no file is loaded that might differ from what training started with.
-    """
-
-    loss_of_pairs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    beta: float
+    objective: Objective
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # have the loss normalised over the pairs of the whole step
+        self._said: reference.Said | None = None
+        self._rewards_so_far = RunningMean()
+        self._step: list[Pairs] = []
+        """What is known of each batch of the step, of all processes, where their losses depend on each other."""
+
+        self._at = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Note what the reference thinks of every pair, then train."""
-        events.send("phase", text="computing the reference's log-probabilities")
-        self.model.to(self.args.device).eval()
-        self._reference = self._log_probabilities_of(self.run.rows.train)
-        self._eval_references = {name: self._log_probabilities_of(rows) for name, rows in self.run.rows.evals.items()}
+        """Note what the reference thinks of every pair, or have it at hand, then train."""
+        if self.objective.needs_reference:
+            self._said = reference.said(self, self._log_probabilities, count=2)
         return super().train(*args, **kwargs)
 
-    def _log_probabilities_of(self, rows: Any) -> torch.Tensor:
-        """Return the log-probability of both replies of every pair of a data set, of shape (2, pairs).
+    def own_state(self) -> dict[str, Any]:
+        """Return the mean of all rewards so far."""
+        return self._rewards_so_far.state_dict()
 
-        Each process computes its share.
-        """
-        found = torch.zeros(2, len(rows), device=self.args.device)
-        for batch in self._batches_of(rows):
+    def take_own_state(self, state: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._rewards_so_far.load_state_dict(state)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
+        """Look at all pairs of a step before the first of its batches, where their losses depend on each other."""
+        found, num_items = super().get_batch_samples(*args, **kwargs)
+        self._step, self._at = [], 0
+        if self.objective.needs_whole_step and len(found) * self.run.world_size > 1:
             with torch.no_grad(), self.accelerator.autocast():
-                found[:, batch["index"]] = self._log_probabilities(self.model, batch)
-        return self.accelerator.reduce(found)
+                self._step = self._of_all_processes([self._pairs(self.model, self.on_device(b)) for b in found])
+            self._at = self.run.rank * len(found)
+            self._rewards_so_far.update(torch.cat(rewards_of(joined(self._step))))
+        return found, num_items
 
-    def _batches_of(self, rows: Any) -> Iterator[Batch]:
-        for pairs in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
-            yield self.on_device(self.collate(pairs))
+    def _of_all_processes(self, parts: list[Pairs]) -> list[Pairs]:
+        return gather_object(parts) if self.run.world_size > 1 else parts
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         pairs = torch.tensor(float(sum(len(batch["index"]) for batch in batch_samples)), device=device)
         return self.accelerator.reduce(pairs)
 
-    def _log_probabilities(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def _log_probabilities(self, model: nn.Module, batch: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Return the summed log-probability of the labelled tokens of both sides, in float32, of shape (2, B)."""
-        logits, targets = labelled_logits(model, self.model, batch)
-        each = -functional.cross_entropy(logits.float(), targets, reduction="none")
-        row_of = sequence_of_tokens(batch)[labelled_positions(batch["labels"])]
-        return torch.zeros(2 * len(batch["index"]), device=each.device).index_add(0, row_of, each).view(2, -1)
+        return logprobs.of_sequences(self, model, batch, 2 * len(batch["index"]), weights).view(2, -1)
 
-    def _loss(
-        self, model: nn.Module, batch: Batch, reference: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of each pair, and the metrics of each."""
-        policy = self._log_probabilities(model, batch)
-        chosen, rejected = policy - reference[:, batch["index"]]
-        rewards = self.beta * torch.stack([chosen, rejected]).detach()
-        metrics = {
-            "rewards_chosen": rewards[0],
-            "rewards_rejected": rewards[1],
-            "rewards_margins": rewards[0] - rewards[1],
-            "rewards_accuracies": (rewards[0] > rewards[1]).float(),
-            "logps_chosen": policy[0].detach(),
-            "logps_rejected": policy[1].detach(),
-        }
-        return self.loss_of_pairs(chosen, rejected), metrics
+    def _pairs(self, model: nn.Module, batch: Batch, of: str | None = None) -> Pairs:
+        """Return what policy and reference say of a batch."""
+        lengths = logprobs.lengths(batch, 2 * len(batch["index"])).view(2, -1)
+        tail = self.objective.tail_weight
+        policy = self._log_probabilities(model, batch, None if tail is None else tail_weights(batch, lengths, tail))
+        said = self._said(batch, of) if self._said else (None, None)
+        return Pairs(
+            policy_chosen=policy[0],
+            policy_rejected=policy[1],
+            reference_chosen=said[0],
+            reference_rejected=said[1],
+            chosen_length=lengths[0],
+            rejected_length=lengths[1],
+            **self.objective.settings,
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the summed loss of a batch over the pairs of the whole step."""
-        losses, metrics = self._loss(model, inputs, self._reference)
-        self.count(metrics)
+        pairs = self._pairs(model, inputs)
+        others = [pairs_of for at, pairs_of in enumerate(self._step) if at != self._at]
+        self._at += 1
+        if self.objective.needs_whole_step and not self._step:
+            self._rewards_so_far.update(torch.cat(rewards_of(pairs)))
+        losses = self._losses(pairs, joined(others) if others else None)
+        self.count(metrics_of(pairs))
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
 
+    def _losses(self, pairs: Pairs, others: Pairs | None = None) -> torch.Tensor:
+        shifted = dataclasses.replace(pairs, delta=self._rewards_so_far.value)
+        return self.objective.of(shifted, others)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss and metrics over the evaluation pairs."""
+        """Return the mean loss and metrics over the evaluation pairs, all of which count as one batch."""
         self.model.eval()
-        sums: dict[str, list[float]] = {}
+        means: dict[str, float] = {}
         for name, rows in self.run.rows.evals.items():
+            with torch.no_grad(), self.accelerator.autocast():
+                parts = [self._pairs(self.model, batch, name) for batch in self._batches_of(rows)]
+                pairs = joined(self._of_all_processes(parts))
+                found = {"loss": self._losses(pairs)} | metrics_of(pairs)
             prefix = f"eval_{name}_" if name else "eval_"
-            for batch in self._batches_of(rows):
-                with torch.no_grad(), self.accelerator.autocast():
-                    losses, metrics = self._loss(self.model, batch, self._eval_references[name])
-                add(sums, {prefix + metric: values for metric, values in ({"loss": losses} | metrics).items()})
-        means = self.means(sums)
+            means |= {prefix + metric: float(values.mean()) for metric, values in found.items()}
         self.log(dict(means))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
         return means
+
+    def _batches_of(self, rows: Any) -> Iterator[Batch]:
+        for pairs in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
+            yield self.on_device(self.collate(pairs))
+
+
+def rewards_of(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the implicit rewards of both replies, of shape (B,) each: beta times the log-ratio to the reference.
+
+    Without a reference, beta times the mean log-probability of a token.
+    """
+    if pairs.reference_chosen is None:
+        return pairs.beta * pairs.chosen_mean.detach(), pairs.beta * pairs.rejected_mean.detach()
+    return pairs.beta * pairs.chosen_logratio.detach(), pairs.beta * pairs.rejected_logratio.detach()
+
+
+def metrics_of(pairs: Pairs) -> dict[str, torch.Tensor]:
+    """Return what is logged of each pair."""
+    chosen, rejected = rewards_of(pairs)
+    return {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "rewards_margins": chosen - rejected,
+        "rewards_accuracies": (chosen > rejected).float(),
+        "logps_chosen": pairs.policy_chosen.detach(),
+        "logps_rejected": pairs.policy_rejected.detach(),
+        "nll_chosen": chosen_nll(pairs).detach(),
+    }
+
+
+def tail_weights(batch: Batch, lengths: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return how much each labelled token of pairs counts, of shape (N,).
+
+    Args:
+        batch: Of pairs, the better sides before the worse ones.
+        lengths: Labelled tokens of both sides, of shape (2, B).
+        weight: Of tokens beyond the length of the pair's shorter reply.
+    """
+    of_sequence = logprobs.sequence_of_labelled(batch)
+    begins = lengths.flatten().cumsum(0) - lengths.flatten()
+    place = torch.arange(len(of_sequence), device=of_sequence.device) - begins[of_sequence]
+    common = lengths.min(0).values.repeat(2)[of_sequence]
+    return torch.where(place < common, 1.0, weight)
+
+
+def train(cfg: Config, objective: Objective) -> Result:
+    """Load, encode, train on pairs, and say how it went."""
+    model, run = training.prepare(cfg)
+    trainer = training.build(PreferenceTrainer, model, run)
+    trainer.objective = objective
+    return training.fit(trainer)

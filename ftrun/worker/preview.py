@@ -123,7 +123,9 @@ class _View:
         rows = self.rows
         name = {"pairs": "margin", "feedback": "label", "questions": "answer"}.get(self.kind)
         stored, at = rows.stores[int(rows.which[index])], int(rows.index[index])
-        value: Any = stored.extra(at) if name else None  # noqa: S610
+        value: Any = stored.extra_of(at) if name else None
+        if name == "answer":
+            value = value["answer"]
         return {} if name is None or (name == "margin" and value is None) else {name: value}
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -159,7 +159,7 @@ class StoredRows:
         columns = self._batches[batch]
         return f"{columns.column('file')[row].as_py()}:{columns.column('line')[row].as_py()}"
 
-    def extra(self, index: int) -> Any:
+    def extra_of(self, index: int) -> Any:
         """Return what else is kept of a row (`ftrun.worker.encode.EXTRA`)."""
         batch, row = self._find(index)
         text = self._batches[batch].column("extra")[row].as_py()

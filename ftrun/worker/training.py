@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import os
+import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import seed_worker
 
@@ -27,8 +30,8 @@ from ftrun import events, record
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.record import Result
-from ftrun.train import Precision, Scheduler
-from ftrun.worker import dataset, ending, loading, pack, parameters, sampling, stop
+from ftrun.worker import dataset, ending, loading, pack, parameters, sampling, schedule, stop
+from ftrun.worker.arguments import arguments
 from ftrun.worker.batches import (
     Batch,
     Collate,
@@ -40,6 +43,10 @@ from ftrun.worker.batches import (
     shares_sequences,
     with_places,
 )
+from ftrun.worker.best import Best
+from ftrun.worker.conduct import Conduct
+from ftrun.worker.guard import Guard
+from ftrun.worker.head import Head
 from ftrun.worker.media import processor
 from ftrun.worker.stream import Stream
 
@@ -80,7 +87,7 @@ class Run:
     def epoch_batches(self) -> sampling.EpochBatches:
         """The training rows that this process draws, batch by batch."""
         return sampling.EpochBatches(
-            self._tokens_in_a_batch(self.rows.train),
+            self.tokens_in_a_batch(self.rows.train),
             self.budget(padded=not is_flat(self.cfg)),
             self.cfg.train,
             seed=self.cfg.seed,
@@ -94,11 +101,11 @@ class Run:
 
     def in_file_order(self, rows: Any, *, padded: bool) -> Iterator[list[Any]]:
         """Yield this process's share of a data set in batches of rows, each row once over all processes."""
-        lengths, budget = self._tokens_in_a_batch(rows), self.budget(padded=padded)
+        lengths, budget = self.tokens_in_a_batch(rows), self.budget(padded=padded)
         for batch in sampling.in_file_order(lengths, budget, rank=self.rank, world_size=self.world_size):
             yield [rows[index] for index in batch]
 
-    def _tokens_in_a_batch(self, rows: Any) -> sampling.Array:
+    def tokens_in_a_batch(self, rows: Any) -> sampling.Array:
         """Return how many tokens each row adds to a batch: of a pair, both sides as long as the longer one."""
         return np.asarray(rows.lengths) * (2 if self.cfg.stage.rows == "pairs" else 1)
 
@@ -118,58 +125,13 @@ class Run:
             yield [rows[index] for index in batch]
 
 
-def arguments(run: Run) -> dict[str, Any]:
-    """Return the arguments that every trainer of transformers and TRL takes.
-
-    Logging, evaluating and saving are decided by `Conduct`, so transformers' own rules are off.
-    """
-    train, hardware = run.cfg.train, run.cfg.hardware
-    return {
-        "output_dir": str(run.folder / record.CHECKPOINTS),
-        "run_name": run.name,
-        "seed": run.cfg.seed,
-        "learning_rate": run.cfg.optimizer.lr,
-        "max_steps": run.total_steps,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.grad_accumulation,
-        # What transformers calls constant skips the warm-up.
-        "lr_scheduler_type": "constant_with_warmup" if train.scheduler is Scheduler.constant else train.scheduler.value,
-        "warmup_steps": train.warmup_steps(run.total_steps),
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": train.precision is Precision.bf16,
-        "fp16": train.precision is Precision.fp16,
-        **_checkpointing(train.gradient_checkpointing),
-        "neftune_noise_alpha": train.neftune or None,
-        "dataloader_num_workers": hardware.data_workers,
-        "dataloader_pin_memory": hardware.device.torch_name == "cuda",
-        "use_cpu": hardware.device.torch_name == "cpu",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,  # it would log the last good loss in place of a NaN
-        "disable_tqdm": True,
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "ignore_data_skip": run.cfg.data.streaming,  # a stream goes on by itself where it was
-    }
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Return the arguments for recomputing activations, under the name that this transformers knows them by."""
-    if not wanted:
-        return {}
-    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if new else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
 class RunTrainer(Trainer):
     """transformers' trainer, with the run's optimizer, row order, records and checkpoints."""
 
     run: Run
+    guard: Guard
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
     control: TrainerControl
     tokens = 0
     """Tokens trained on so far by this process, padding not counted."""
@@ -177,11 +139,21 @@ class RunTrainer(Trainer):
     busy = 0.0
     """Seconds of training since the last line of metrics, evaluating and saving not counted."""
 
+    stopped_early = False
+    """Whether evaluations that did not get better have ended the run before its last step."""
+
     _tokens_logged = 0
+    _step_logged = 0
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._sums: dict[str, list[float]] = {}
+        self.best = Best()
+
+    @cached_property
+    def head(self) -> Head:
+        """The model's output head, computed where there is a label."""
+        return Head(self.model)
 
     @property
     def _stream(self) -> Stream | None:
@@ -192,6 +164,42 @@ class RunTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Build the schedule that the config chooses."""
+        if self.lr_scheduler is None:
+            found = optimizer or self.optimizer
+            assert found is not None
+            self.lr_scheduler = schedule.build(self.run.cfg, found, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Go forward and backward with a batch, and show its loss to the guard."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.see(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the step's gradient, which the guard sees too."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.see_norm(norm)
+        return norm
+
+    def remember(self) -> Callable[[], None]:
+        """Return what takes back the metrics of the step that begins now."""
+        loss, sums = self._tr_loss.clone(), {name: [*pair] for name, pair in self._sums.items()}
+
+        def take_back() -> None:
+            self._tr_loss.copy_(loss)
+            self._sums = sums
+
+        return take_back
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and let training draw afterwards what it would have drawn without."""
+        with _own_randomness(self.args.device):
+            return super()._evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoaderShard:
         """Draw the batches that are planned for this process, without a second division among the processes."""
@@ -249,7 +257,8 @@ class RunTrainer(Trainer):
         """Write one line of metrics, and tell the trackers and the driver."""
         if "train_runtime" in logs:  # transformers' closing summary, which counts from the last resume only
             return
-        if "loss" in logs:
+        if "learning_rate" in logs:
+            self._leave_out_skipped(logs)
             logs |= self._counted() | self._speed()
             logs |= self._rows_streamed(self._stream) if self._stream else {}
         super().log(logs)
@@ -259,9 +268,18 @@ class RunTrainer(Trainer):
             record.append_line(self.run.folder / record.METRICS, at | values)
             print(json.dumps(at | values), flush=True)  # noqa: T201 (log.txt)
             events.send("log", **at, **values)
-        if not math.isfinite(logs.get("loss", 0.0) + logs.get("grad_norm", 0.0)):
-            numbers = f"the loss is {logs['loss']} and its gradient's norm {logs.get('grad_norm')}"
-            raise RunFailed(f"{numbers} at step {at['step']}; a lower optimizer.lr, or train.max_grad_norm=1, may help")
+
+    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
+        """Make a line's loss the mean of the steps that were taken, and say how many of the run were not."""
+        steps, skipped = self.state.global_step - self._step_logged, self.guard.since_log
+        self._step_logged, self.guard.since_log = self.state.global_step, 0
+        if skipped:
+            summed = logs.pop("loss") * steps
+            logs |= {"loss": summed / (steps - skipped)} if steps > skipped else {}
+        if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that was skipped, here or by the loss scaling
+            del logs["grad_norm"]
+        if self.guard.skips:
+            logs["skipped_steps"] = self.guard.skipped
 
     def count(self, metrics: dict[str, torch.Tensor]) -> None:
         """Take a batch's metrics, one value an example, into the means of the next line."""
@@ -325,30 +343,44 @@ class RunTrainer(Trainer):
         """Save under transformers' name, and rename when everything is on disk: complete or absent."""
         super()._save_checkpoint(model, trial)
         partial = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        state = {
-            "tokens": self.tokens,
-            "tokens_logged": self._tokens_logged,
-            "loss_logged": self._total_loss_scalar,
-            "sums": self._sums,
-            "loss_since_log": self._tr_loss.item(),
-            "step_of_log": self._globalstep_last_logged,
-            "stream": self._stream.state(self.args.dataloader_num_workers) if self._stream else None,
-            "streamed": dict(self._stream.counts) if self._stream else None,
-        }
-        (partial / f"{_STATE}.{self.args.process_index}").write_text(json.dumps(state))
+        (partial / f"{_STATE}.{self.args.process_index}").write_text(json.dumps(self._loop_state()))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
             _flush(partial)
             partial.rename(partial.with_name(f"step-{self.state.global_step}"))
             for old in record.checkpoints(self.run.folder)[: -self.run.cfg.train.keep_checkpoints]:
-                shutil.rmtree(old)
+                if not (self.run.cfg.train.keep_best and record.step_of(old) == self.best.step):
+                    shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    def _loop_state(self) -> dict[str, Any]:
+        """Return what transformers' own state does not carry over a resume."""
+        return {
+            "tokens": self.tokens,
+            "tokens_logged": self._tokens_logged,
+            "loss_logged": self._total_loss_scalar,
+            "sums": self._sums,
+            "loss_since_log": self._tr_loss.item(),
+            "step_of_log": self._globalstep_last_logged,
+            "guard": self.guard.state(),
+            "best": asdict(self.best),
+            "stream": self._stream.state(self.args.dataloader_num_workers) if self._stream else None,
+            "streamed": dict(self._stream.counts) if self._stream else None,
+            "own": self.own_state(),
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what else this kind of trainer needs to go on exactly as it would have, as JSON can hold it."""
+        return {}
+
+    def take_own_state(self, state: dict[str, Any]) -> None:
+        """Take up what `own_state` has returned."""
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of all steps, over interruptions, once the last one is logged."""
-        return self._total_loss_scalar / self.state.global_step
+        """The mean loss of all steps that were taken, over interruptions, once the last one is logged."""
+        return self._total_loss_scalar / max(1, self.state.global_step - self.guard.skipped)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up the counts and the unlogged loss where the checkpoint left them."""
@@ -356,9 +388,18 @@ class RunTrainer(Trainer):
         self.tokens, self._tokens_logged = state["tokens"], state["tokens_logged"]
         self._total_loss_scalar, self._sums = state["loss_logged"], state["sums"]
         self._tr_loss.fill_(state["loss_since_log"])
-        self._globalstep_last_logged = state["step_of_log"]
+        self._globalstep_last_logged = self._step_logged = state["step_of_log"]
+        self.guard.restore(state["guard"])
+        self.best = Best(**state["best"])
         if self._stream:
             self._stream.begins, self._stream.counts = state["stream"], Counter(state["streamed"])
+        self.take_own_state(state["own"])
+
+    def load_best(self) -> None:
+        """Go back to the weights of the best evaluation, if those of the last step are others."""
+        if self.best.step and self.best.step < self.state.global_step:
+            best = self.run.folder / record.CHECKPOINTS / f"step-{self.best.step}"
+            self._load_from_checkpoint(str(best), self.model)
 
 
 def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
@@ -367,6 +408,17 @@ def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
         total = sums.setdefault(name, [0.0, 0.0])
         total[0] += float(values.sum())
         total[1] += len(values)
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """While inside, draw from random generators whose state is put back at the end."""
+    python, arrays = random.getstate(), np.random.get_state()
+    on_device = [] if device.type in ("cpu", "mps") else [torch.accelerator.current_device_index()]
+    with torch.random.fork_rng(on_device, device_type=device.type if on_device else "cuda"):
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)
 
 
 Trainer_ = TypeVar("Trainer_", bound=RunTrainer)
@@ -382,58 +434,6 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-class Conduct(TrainerCallback):
-    """Decides after each step whether to log, evaluate, save or stop."""
-
-    def __init__(self, trainer: RunTrainer, run: Run, checkpoint: Path | None) -> None:
-        self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
-        self._mark = 0.0  # when training was last (re)started
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up where a checkpoint left off, or evaluate the model as it starts."""
-        assert state.max_steps == self.run.total_steps, (state.max_steps, self.run.total_steps)
-        if self.checkpoint:
-            self.trainer.restore(self.checkpoint)
-        events.send("start", step=state.global_step, total=state.max_steps)
-        self._mark = time.monotonic()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say which epoch's batches to draw."""
-        if not self.run.cfg.data.streaming:
-            self.run.epoch_batches.epoch = int(state.epoch or 0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Set what the loop does before the next step."""
-        train, step = self.run.cfg.train, state.global_step
-        now = time.monotonic()
-        self.trainer.busy += now - self._mark
-        self._mark = now
-        events.send("step", step=step)
-        last = step >= state.max_steps
-        control.should_log = step % train.log_every == 0 or step == 1 or last
-        control.should_evaluate = bool(self.run.rows.evals) and (
-            last or bool(train.eval_every and step % train.eval_every == 0)
-        )
-        control.should_save = bool(train.save_every) and step % train.save_every == 0 and not last
-        if self._told_to_stop() and not last:
-            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-        control.should_training_stop = control.should_training_stop or last
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the time it took out of the speed."""
-        self._mark = time.monotonic()
-
-    on_save = on_evaluate
-
-    def _told_to_stop(self) -> bool:
-        """Tell whether any process was: all must stop after the same step."""
-        return bool(self.trainer.over_processes([float(stop.requested() is not None)])[0])
-
-
 def prepare(cfg: Config) -> tuple[nn.Module, Run]:
     """Load what every training stage starts with: tokenizer, rows, model, adapter."""
     tokenizer = loading.tokenizer(cfg)
@@ -446,9 +446,10 @@ def prepare(cfg: Config) -> tuple[nn.Module, Run]:
 def build(cls: type[Trainer_], model: nn.Module, run: Run) -> Trainer_:
     """Make a trainer of the class that a stage names, with the callbacks of every plugin of the run."""
     _say_what_trains(model)
-    args = TrainingArguments(**arguments(run))
+    args = TrainingArguments(**arguments(run, model))
     trainer = cls(model=model, args=args, train_dataset=run.rows.train, processing_class=run.tokenizer)
     trainer.run = run
+    trainer.guard = Guard(trainer)
     trainer.remove_callback(PrinterCallback)
     for option in run.cfg.chosen:
         for callback in option.callbacks(model, run):
@@ -480,8 +481,11 @@ def fit(trainer: RunTrainer) -> Result:
     _refuse_leaks(trainer)
     with stop.deferred(), _profiled(trainer, run), _failure_told(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if (status := stop.requested()) and trainer.state.global_step < trainer.state.max_steps:
+    at_the_end = trainer.stopped_early or trainer.state.global_step >= trainer.state.max_steps
+    if (status := stop.requested()) and not at_the_end:
         raise stop.Stopped(status)
+    if run.cfg.train.keep_best:
+        trainer.load_best()
     trainer.accelerator.wait_for_everyone()
     return ending.finish(trainer, run) if run.is_main else Result()
 

@@ -37,7 +37,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     "adapter", [("adapter=lora", "adapter.dropout=0.2"), ("adapter=full",), ("adapter.init=pissa",)]
 )
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
 def test_resumed_from_any_checkpoint_equals_uninterrupted(ftrun, stage, adapter):
     whole = ftrun(f"stage={stage}", *RUN, *adapter, "train.save_every=2", "train.keep_checkpoints=99").sees(0)
     for step in (4, 6, 14):  # within an epoch, at its end, near the end of the run

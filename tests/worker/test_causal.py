@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ftrun.data.tokens import IGNORED
-from ftrun.worker import batches, causal, pack
+from ftrun.worker import batches, causal, head, pack
 
 
 def row_of(size: int) -> Any:
@@ -66,8 +66,11 @@ def formula(net: Any, row: Any) -> torch.Tensor:
 
 
 def total(net: Any, batch: batches.Batch) -> torch.Tensor:
-    logits, targets = causal.labelled_logits(net, net, batch)
-    return causal.summed_loss(logits, targets, causal.labelled_weights(batch))
+    def score(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor]:
+        return (causal.nll(logits, targets) * weights,)
+
+    found = head.Head(net).scores(net, batch, score, further=[causal.labelled_weights(batch)], summed=True)
+    return found[0]
 
 
 def gradient(net: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -208,16 +211,6 @@ def test_a_step_is_divided_by_its_weights_and_never_by_zero():
     assert trainer_of([[plain], [plain, halved], [nothing], [plain, nothing]]) == [labels, 1.5 * labels, 1.0, labels]
 
 
-def test_the_head_is_computed_for_labelled_positions_only():
-    net = model()
-    seen = []
-    handle = net.lm_head.register_forward_hook(lambda *called: seen.append(tuple(called[-1].shape)))
-    batch = batches.pad(ROWS, 0)
-    total(net, batch)
-    handle.remove()
-    assert seen == [(1, int((batch["labels"][:, 1:] != IGNORED).sum()), 128)]
-
-
 @pytest.mark.parametrize(
     "batch",
     [
@@ -232,13 +225,3 @@ def test_a_batch_without_labels_has_no_loss_and_no_gradient(batch):
     loss = total(net, batch)
     assert loss.item() == 0.0
     assert float(gradient(net, loss).abs().sum()) == 0.0
-
-
-def test_dpo_loss_by_value():
-    from ftrun.worker.preference import dpo_loss
-
-    chosen, rejected = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([0.0, -1.0, 3.0])
-    # ln 2; -ln s(0.3) with s(0.3) = 0.574443; -ln s(-0.4) with s(-0.4) = 0.401312
-    torch.testing.assert_close(dpo_loss(chosen, rejected, 0.1), torch.tensor([0.693147, 0.554355, 0.913015]))
-    # 0.9 * 0.554355 + 0.1 * 0.854355
-    assert dpo_loss(chosen, rejected, 0.1, 0.1)[1].item() == pytest.approx(0.584355, abs=1e-6)

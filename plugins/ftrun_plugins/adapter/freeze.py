@@ -22,7 +22,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.(.+)")
 @register
 @dataclass(kw_only=True)
 class Freeze(Adapter):
-    """Train some transformer layers, and freeze the rest of the model."""
+    """Train some transformer layers, and the head that a stage brings; freeze the rest of the model."""
 
     trains_base_weights: ClassVar[bool] = True
     name: str = "freeze"
@@ -38,7 +38,7 @@ class Freeze(Adapter):
 
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Something has to train."""
-        if self.layers == 0 and not self.extra:
+        if self.layers == 0 and not self.extra and not cfg.stage.head.modules:
             yield Problem("adapter.layers", "0 layers and no adapter.extra leave nothing to train", "adapter.layers=2")
 
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
@@ -58,6 +58,7 @@ class Freeze(Adapter):
         self._check_names(
             {match[2] for match in located.values() if match}, {n for n, m in located.items() if not m}, count
         )
+        head = run.cfg.stage.head.modules
         chosen = range(count)[-self.layers :] if self.layers > 0 else range(-self.layers)
         model.requires_grad_(False)
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -66,7 +67,7 @@ class Freeze(Adapter):
                     not self.modules or any(part in match[2] for part in self.modules)
                 )
             else:
-                trains = any(part in name for part in self.extra)
+                trains = name.partition(".")[0] in head or any(part in name for part in self.extra)
             if trains:  # only ever switched on: a tied weight goes by two names
                 parameter.requires_grad_(True)
         return model

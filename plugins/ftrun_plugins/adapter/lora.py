@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.errors import ConfigError, Problem, did_you_mean
 from ftrun.fields import ranged
-from ftrun.plugin import Adapter, register
+from ftrun.plugin import Adapter, ModelHead, register
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
@@ -88,6 +89,11 @@ class LoRA(Adapter):
     init_batches: int = ranged(8, ge=1)
     """Batches of the training rows that ``init=eva`` and ``init=lora_ga`` look at."""
 
+    @property
+    def off_is_start(self) -> bool:
+        """Whether the frozen weights are left as they were."""
+        return not self.init.changes_base
+
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield the combinations that peft computes wrongly or not at all."""
         if self.use_dora and self.init is not Init.default:
@@ -109,6 +115,9 @@ class LoRA(Adapter):
                 f"adapter.init={self.init} does not look at data",
                 "adapter.init=eva, or lora_ga",
             )
+        if self.init is Init.lora_ga and cfg.stage.head is not ModelHead.causal:
+            message = f"lora_ga starts from the gradient of predicting tokens, which stage={cfg.stage.name} does not do"
+            yield Problem("adapter.init", message, "adapter.init=eva, pissa or default")
 
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
         """Freeze the weights and put an update beside each target layer.
@@ -121,7 +130,7 @@ class LoRA(Adapter):
         from ftrun.worker.media import encoders
 
         self._check_names(model)
-        config = self._config()
+        config = self._config(run.cfg.stage.head)
         of_media = encoders.linear_layers(model, wanted=self.media_encoders)
         if of_media and not self.media_encoders:
             config.exclude_modules = [*self.exclude, *of_media]
@@ -135,7 +144,7 @@ class LoRA(Adapter):
         if self.init is Init.eva:
             from peft import initialize_lora_eva_weights
 
-            initialize_lora_eva_weights(adapted, run.batches(self.init_batches))
+            initialize_lora_eva_weights(adapted, _seen(run, self.init_batches))
         if self.init.changes_base and run.is_main:
             self._keep_start(adapted, run)
         return adapted
@@ -145,12 +154,14 @@ class LoRA(Adapter):
         start = _start_folder(run) if self.init.changes_base else None
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start) if start else None)
         if start:
+            _add_whole_modules(model, folder)
             shutil.rmtree(start)
 
-    def _config(self) -> LoraConfig:
+    def _config(self, head: ModelHead) -> LoraConfig:
         from peft import LoraConfig
 
-        more: dict[str, Any] = {"modules_to_save": self.modules_to_save} if self.modules_to_save else {}
+        whole = [*self.modules_to_save, *(name for name in head.modules if name not in self.modules_to_save)]
+        more: dict[str, Any] = {"modules_to_save": whole} if whole else {}
         if self.init is Init.lora_ga:
             from peft import LoraGAConfig
 
@@ -168,7 +179,7 @@ class LoRA(Adapter):
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=True if self.init is Init.default else self.init.value,
-            task_type="CAUSAL_LM",
+            task_type=head.value,
             **more,
         )
 
@@ -209,6 +220,26 @@ def _linear_layers(model: nn.Module) -> set[str]:
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+def _seen(run: Run, count: int) -> list[dict[str, torch.Tensor]]:
+    """Return the batches that eva looks at: their learned tokens, or all of them where no token is predicted."""
+    batches = run.batches(count)
+    if run.cfg.stage.head is ModelHead.causal:
+        return batches
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def _add_whole_modules(model: PreTrainedModel, folder: Path) -> None:
+    """Write the modules that train whole into a converted adapter: peft converts the factors, and drops all else."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+    whole = {name: weight.detach().cpu().clone() for name, weight in trained.items() if ".lora_" not in name}
+    if whole:
+        save_file(load_file(file) | whole, file, metadata={"format": "pt"})
 
 
 def _start_folder(run: Run) -> Path:
