@@ -36,8 +36,17 @@ SCHEMA_VERSION = 1
 class ObjectiveMode(StrEnum):
     """Which end of the objective is good."""
 
+    auto = "auto"
     min = "min"
     max = "max"
+
+    @classmethod
+    def of(cls, metric: str) -> ObjectiveMode:
+        """Return which end of a metric is good: the high one of accuracies, rewards and scores, else the low one."""
+        return cls.max if any(word in metric for word in _BETTER_WHEN_HIGH) else cls.min
+
+
+_BETTER_WHEN_HIGH = ("accurac", "reward", "logps_chosen", "predict_")
 
 
 @dataclass(kw_only=True)
@@ -62,8 +71,8 @@ class Config:
     objective: str | None = None
     """The metric that says how good the run is. Default: the stage's own, on held-out rows where there are any."""
 
-    objective_mode: ObjectiveMode = ObjectiveMode.min
-    """Whether a low or a high objective is good."""
+    objective_mode: ObjectiveMode = ObjectiveMode.auto
+    """Whether a low or a high objective is good. Default: high for accuracies, rewards and scores of predictions."""
 
     output_dir: str | None = None
     """The run's folder. Default: outputs/STAGE/DATE_TIME."""
@@ -232,6 +241,8 @@ def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Prob
     if cfg.optimizer.lr is None:
         rate = cfg.stage.default_lr * cfg.adapter.lr_scale * cfg.optimizer.lr_scale
         cfg.optimizer.lr = float(f"{rate:.6g}")  # 1e-6 times 10 is 9.999999999999999e-06
+    if cfg.objective_mode is ObjectiveMode.auto:
+        cfg.objective_mode = ObjectiveMode.of(cfg.objective or next(iter(cfg.stage.metrics), ""))
     problems += [*_missing_packages(cfg), *_contradictions(cfg), *_unread(cfg)]
     for option in cfg.chosen:
         problems += option.check(cfg)
@@ -272,6 +283,7 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     """Yield what the groups without a plugin of their own cannot work with."""
     yield from cfg.train.check()
     yield from cfg.train.check_lengths(cfg.data, 2 if cfg.stage.rows == "pairs" else 1)
+    yield from cfg.train.check_with(cfg)
     yield from cfg.hardware.check(cfg.train)
     yield from template.check(cfg.template)
     yield from keys.check(cfg)

@@ -36,6 +36,7 @@ PRELOADED = (
     "torch", "torch.distributed", "torch.utils.data", "transformers", "transformers.trainer", "transformers.generation",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "matplotlib.pyplot",
+    "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer",
     "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.preference", "ftrun.worker.samples",
 )  # fmt: skip
 """What a worker is likely to import."""

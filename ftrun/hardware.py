@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ftrun.errors import Problem
 from ftrun.fields import ranged
+from ftrun.model import Dtype
 from ftrun.train import Precision, Train
 
 
@@ -72,15 +73,22 @@ class Found:
     bf16: bool = False
 
 
-def settle(hardware: Hardware, train: Train) -> None:
-    """Replace every ``auto`` by what this machine has, in place, so that run.yaml says what was used."""
+def settle(hardware: Hardware, train: Train, stored: Dtype = Dtype.auto) -> None:
+    """Replace every ``auto`` by what this machine has, in place, so that run.yaml says what was used.
+
+    Args:
+        hardware: The group.
+        train: Says what is computed in.
+        stored: The type that the model's weights are to have.
+    """
     found = find(hardware.device)
     hardware.device = found.device
     hardware.num_processes = hardware.num_processes or max(1, len(found.names))
     hardware.num_threads = hardware.num_threads or default_threads(hardware.num_processes)
     if train.precision is Precision.auto:
         on_gpu = Precision.bf16 if found.bf16 else Precision.fp16
-        train.precision = Precision.fp32 if found.device in (Device.cpu, Device.mps) else on_gpu
+        elsewhere = Precision.bf16 if stored is Dtype.bfloat16 else Precision.fp32
+        train.precision = elsewhere if found.device in (Device.cpu, Device.mps) else on_gpu
 
 
 def default_threads(num_processes: int) -> int:

@@ -178,7 +178,7 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     Raises:
         ConfigError: The model is nowhere to be found.
     """
-    hardware.settle(cfg.hardware, cfg.train)
+    hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
     settle(cfg)
     folder = _make_folder(cfg)
     manifest = {

@@ -129,6 +129,9 @@ class Stage(Plugin):
     default_reward: ClassVar[str] = ""
     """The reward where the user chooses none, of a stage that has replies judged; no other stage takes one."""
 
+    depends_on_batches: ClassVar[str] = ""
+    """Why the loss depends on how a step's rows are divided into micro batches, if it does."""
+
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics a run ends with, any of which may be the ``objective``; the first is its default."""
 

@@ -25,6 +25,15 @@ from ftrun.record import Holder, Result, Status
 from ftrun.train import Scheduler
 
 PLUGINS = [(group, name) for group in plugin.GROUPS for name in plugin.names(group)]
+NEEDS = {
+    ("reward", "code"): ("reward.code.allow_execution=true",),
+    ("reward", "http"): ("reward.http.url=http://host/score",),
+    ("reward", "model"): ("reward.model.path=ORG/judge",),
+    ("reward", "adapter"): ("reward.adapter.path=ORG/judge",),
+    ("stage", "distill"): ("stage.teacher_path=ORG/teacher",),
+}
+"""What options need besides being chosen."""
+
 PRESETS = [(path.parent.name, path.stem) for path in sorted(options.CONF.glob("*/*.yaml"))]
 FAMILIES = [name for group, name in PRESETS if group == "model"]
 
@@ -167,7 +176,7 @@ def test_list_of_a_group_says_what_each_option_is(group, driver):
 def test_list_of_a_plugin_gives_its_keys(group, name, driver):
     rows = json.loads(driver("list", f"{group}={name}", "--json").sees(0).out)
     page = driver("list", f"{group}={name}").sees(0).out
-    prefix = f"tracker.{name}" if group == "tracker" else group
+    prefix = plugin.place(group, name)
     fields = {field.name for field in dataclasses.fields(plugin.get(group, name))} - {"name"}
     assert {row["key"] for row in rows} == {f"{prefix}.{field}" for field in fields}
     for row in rows:
@@ -350,8 +359,10 @@ def test_every_preset_composes(group, name, driver):
 @pytest.mark.parametrize(("group", "name"), PLUGINS, ids=lambda word: word)
 def test_every_plugin_composes(group, name, driver, monkeypatch):
     monkeypatch.setattr(plugin.get(group, name), "requires", ())
-    shown = yaml.safe_load(driver("show", f"{group}={name}").sees(0).out)[group]
-    assert (shown[name] if group == "tracker" else shown)["name"] == name
+    words = ["stage=grpo"] if group == "reward" else []
+    words += [f"{group}={name}", *NEEDS.get((group, name), ())]
+    shown = yaml.safe_load(driver("show", *words).sees(0).out)[group]
+    assert (shown[name] if group in plugin.SEVERAL else shown)["name"] == name
 
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda word: word)
@@ -537,12 +548,12 @@ def complete(*words: str) -> list[str]:
         (["stage="], [f"stage={name}" for name in options.names("stage")]),
         (["model=qwen2"], [f"model={name}" for name in options.names("model") if name.startswith("qwen2")]),
         (["debug=s"], ["debug=smoke"]),
-        (["train.scheduler=c"], ["train.scheduler=constant", "train.scheduler=cosine"]),
+        (["train.scheduler=c"], [f"train.scheduler={name}" for name in Scheduler if name.startswith("c")]),
         (["train.shuffle="], ["train.shuffle=false", "train.shuffle=true"]),
-        (["objective_mode="], ["objective_mode=max", "objective_mode=min"]),
+        (["objective_mode="], ["objective_mode=auto", "objective_mode=max", "objective_mode=min"]),
         (["train.warm"], ["train.warmup="]),
         (["adapter=freeze", "adapter."], ["adapter.extra=", "adapter.layers=", "adapter.modules="]),
-        (["stage=dpo", "stage."], ["stage.beta=", "stage.label_smoothing="]),
+        (["stage=orpo", "stage."], ["stage.beta="]),
         (["stage=dpo", "model=tiny", "optimizer.wei"], ["optimizer.weight_decay="]),
         (["model=qwen2", "model.size=57"], ["model.size=57B-A14B", "model.size=57B-A14B-base"]),
         (["tracker=wandb", "tracker.wandb.mode="], ["tracker.wandb.mode=offline", "tracker.wandb.mode=online"]),

@@ -160,8 +160,9 @@ class OnlineTrainer(RunTrainer):
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=run.tokenizer,
         )
-        for weight, before in weights.items():  # TRL turns those of quantized models into bfloat16
-            weight.data = before.to(weight.device)
+        for weight, before in weights.items():
+            if weight.dtype is not before.dtype:  # TRL turns those of quantized models into bfloat16
+                weight.data = before.to(weight.device)
         self.run, self.stage = run, stage
         self.train_dataset, self.reward_func_names = run.rows.train, names
         self.eos_token_ids = [*generation.end_ids(run.cfg, run.tokenizer, self.model)]
@@ -242,8 +243,8 @@ class OnlineTrainer(RunTrainer):
 
     def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
         """Return the mean of each metric over all processes; one that nothing is known of is left out."""
-        known = {name: pair for name, pair in sums.items() if pair[1]}
-        return super().means(known)
+        totals = self.over_processes([value for pair in sums.values() for value in pair])
+        return {name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums) if totals[2 * n + 1]}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write one line of metrics, to which TRL adds none of its own, such as the time of a step."""

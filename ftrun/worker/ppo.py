@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ftrun import events, record
 from ftrun.completions import Completion
-from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
-from ftrun.worker import dataset, generation, loading, training
+from ftrun.worker import generation, training
 from ftrun.worker.batches import Batch, Collate, model_inputs, num_tokens, padding_collator
 from ftrun.worker.generation import Decoding, Generator
 from ftrun.worker.head import labelled_positions
@@ -72,15 +71,6 @@ class PolicyRun(Run):
             rank=self.rank,
             world_size=self.world_size,
         )
-
-
-def prepare(cfg: Config) -> tuple[nn.Module, PolicyRun]:
-    """Load what every training stage starts with, as `training.prepare` does, for a run of this kind."""
-    tokenizer = loading.tokenizer(cfg)
-    rows = dataset.load(cfg, tokenizer)
-    model = loading.model(cfg, tokenizer)
-    run = PolicyRun(cfg, rows, tokenizer)
-    return cfg.adapter.apply(model, run), run
 
 
 class ValueModel(nn.Module):
@@ -239,7 +229,7 @@ class PPOTrainer(RunTrainer):
         )
         questions = [self.run.rows.train[place] for place in places]
         # Draws of its own: the training loop's go on as if there had been none, and here they do not depend on those.
-        with training._own_randomness(self.args.device):
+        with training.own_randomness(self.args.device):
             set_seed(seed)
             replies = self._generator(decoding, len(questions)).replies(self.model, questions) if questions else []
             logps, entropies, values, kl = self._said_of(questions, replies)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -198,7 +198,7 @@ class RunTrainer(Trainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and let training draw afterwards what it would have drawn without."""
-        with _own_randomness(self.args.device):
+        with own_randomness(self.args.device):
             return super()._evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoaderShard:
@@ -411,7 +411,7 @@ def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
+def own_randomness(device: torch.device) -> Iterator[None]:
     """While inside, draw from random generators whose state is put back at the end."""
     python, arrays = random.getstate(), np.random.get_state()
     on_device = [] if device.type in ("cpu", "mps") else [torch.accelerator.current_device_index()]
@@ -421,6 +421,7 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     np.random.set_state(arrays)
 
 
+Run_ = TypeVar("Run_", bound=Run)
 Trainer_ = TypeVar("Trainer_", bound=RunTrainer)
 
 
@@ -434,12 +435,16 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def prepare(cfg: Config) -> tuple[nn.Module, Run]:
+@overload
+def prepare(cfg: Config) -> tuple[nn.Module, Run]: ...
+@overload
+def prepare(cfg: Config, kind: type[Run_]) -> tuple[nn.Module, Run_]: ...
+def prepare(cfg: Config, kind: type[Run] = Run) -> tuple[nn.Module, Run]:
     """Load what every training stage starts with: tokenizer, rows, model, adapter."""
     tokenizer = loading.tokenizer(cfg)
     rows = dataset.load(cfg, tokenizer)
     model = loading.model(cfg, tokenizer)
-    run = Run(cfg, rows, tokenizer)
+    run = kind(cfg, rows, tokenizer)
     return cfg.adapter.apply(model, run), run
 
 

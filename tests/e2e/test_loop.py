@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import shutil
@@ -381,14 +382,18 @@ def test_what_every_stage_has_of_the_loop(ftrun, write, stage):
     base = (f"stage={stage}", *SHORT, "adapter=full", "optimizer.lr=1e-3")
     plain = ftrun(*base).sees(0)
     evaluated = ftrun(*base, "data.eval_size=2", "data.rows=14", "train.eval_every=1").sees(0)
-    assert [line["step"] for line in evaluated.metrics if "eval_loss" in line] == [0, 1, 2, 3]
+    lines = [line for line in evaluated.metrics if any(name.startswith("eval_") for name in line)]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
     recomputed = ftrun(*base, "train.gradient_checkpointing=true").sees(0)
     assert recomputed.losses == pytest.approx(plain.losses, abs=1e-5)
-    noisy = ftrun(*base, "train.neftune=50").sees(0)
-    assert noisy.losses != pytest.approx(plain.losses, abs=1e-4)
+    noisy = ftrun(*base, "train.neftune=50")
+    if any(fnmatch.fnmatchcase("train.neftune", pattern) for pattern in plugin.get("stage", stage).reads):
+        assert noisy.sees(0).losses != pytest.approx(plain.losses, abs=1e-4)
+    else:
+        assert "train.neftune" in noisy.sees(2).err
     rounded = ftrun(*base, "train.precision=bf16", "plugins=[dtypes.py]", "optimizer=dtypes").sees(0)
     assert json.loads((rounded.folder / "dtypes.json").read_text())["product"] == ["torch.bfloat16"]
-    assert rounded.losses != plain.losses
+    assert rounded.losses != plain.losses or not any(plain.losses)  # where no reply is worth more than another
     assert rounded.losses == pytest.approx(plain.losses, rel=0.05, abs=0.05)
 
 

@@ -21,11 +21,15 @@ OVERRIDES = {("reward", "code"): ("reward.code.allow_execution=true",)}
 ELSEWHERE = {("reward", name): f"reward/test_{name}.py" for name in ("http", "model", "adapter")}
 """Options that need a server or another run: the tests of each, which inherit the suite."""
 
+DIVISIONS = {("stage", "online_dpo"): ((8, 1), (4, 2), (2, 4))}
+"""Options whose batches cannot be divided as others can: it counts replies, of which a pair belongs together."""
+
 for _group, _suite in SUITES.items():
     for _name in plugin.names(_group):
         if (_group, _name) not in ELSEWHERE:
             _test, _needs = f"Test_{_group}_{_name}", OVERRIDES.get((_group, _name), _suite.overrides)
-            globals()[_test] = type(_test, (_suite,), {"option": _name, "overrides": _needs})
+            _own = {"divisions": DIVISIONS[_group, _name]} if (_group, _name) in DIVISIONS else {}
+            globals()[_test] = type(_test, (_suite,), {"option": _name, "overrides": _needs, **_own})
 
 
 def test_every_group_has_a_suite():

@@ -168,7 +168,7 @@ class PPO(Anchored, Stage):
         """Load, encode, let the model reply, judge, train, and say how it went."""
         from ftrun.worker import ppo, training
 
-        model, run = ppo.prepare(cfg)
+        model, run = training.prepare(cfg, ppo.PolicyRun)
         trainer = training.build(ppo.PPOTrainer, model, run)
         result = training.fit(trainer)
         if run.is_main:
