@@ -10,7 +10,7 @@ demo: $(VENV)/.installed ## fine-tune a small model on the rows that ship with f
 	$(RUN)ftrun
 
 test: $(VENV)/.tested ## the whole test suite
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.tested ## style and types
 	$(RUN)ruff check .

@@ -32,6 +32,9 @@ from ftrun.errors import ConfigError, Problem
 ROOT = "ftrun"
 """Name of the primary config, conf/ftrun.yaml."""
 
+_NOTHING = "None"
+"""What Hydra calls the option of a group that none is chosen of."""
+
 _CANNOT_COMPOSE = (HydraException, OmegaConfBaseException, YAMLError, AssertionError)
 """What Hydra raises for a wrong key, type, option or file; the AssertionError is for a key below a null group."""
 
@@ -79,7 +82,7 @@ class PluginSource(ConfigSource):
     def is_config(self, config_path: str) -> bool:
         """Tell whether a path is a plugin, without importing it."""
         group, _, name = self._name(config_path).rpartition("/")
-        return group in plugin.GROUPS and plugin.exists(group, name)
+        return group in plugin.GROUPS and name != _NOTHING and plugin.exists(group, name)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """List a group's plugins."""

@@ -205,12 +205,7 @@ class Train:
     def check_with(self, cfg: Config) -> Iterator[Problem]:
         """Yield what the loop's keys cannot do with the rest of the config: what to judge by, what to compute in."""
         for key in self.judged_by_evaluation:
-            if not (cfg.data.eval_path or cfg.data.eval_size or cfg.data.eval_sets):
-                message = "it goes by how evaluations come out, and there are no rows to evaluate on"
-                yield Problem(
-                    key, message, "data.eval_path=FILE, or data.eval_size=0.1 to hold out a tenth of the rows"
-                )
-            elif not self.eval_every:
+            if not self.eval_every:
                 message = "it goes by how evaluations come out, and there is only one, after the last step"
                 yield Problem(key, message, "train.eval_every=N, the steps between two evaluations")
             elif cfg.objective and not cfg.objective.startswith("eval_"):

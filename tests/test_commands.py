@@ -95,7 +95,7 @@ def test_the_examples_of_the_help_page_compose(driver):
 def test_help_of_a_choice_lists_its_keys_with_value_range_and_meaning(driver):
     page = driver("stage=dpo", "--help").sees(0).out
     tree = yaml.safe_load(driver("show", "stage=dpo").out)
-    internal = re.compile(r"(.*\.)?name|model\.sizes|schema_version")
+    internal = re.compile(r"(.*\.)?name|model\.sizes|schema_version|reward")
     for key in keys_of(tree):
         assert internal.fullmatch(key) or re.search(rf"^ *{re.escape(key)} ", page, re.MULTILINE), key
     assert re.search(r"stage\.beta +0\.1 +How closely .* > 0\)", page)
@@ -114,8 +114,8 @@ def test_help_may_stand_anywhere(driver):
 
 
 def test_help_of_a_wrong_choice_says_so(driver):
-    done = driver("stage=dpp", "--help").sees(2)
-    assert "did you mean dpo" in done.err
+    done = driver("stage=orpp", "--help").sees(2)
+    assert "did you mean orpo" in done.err
 
 
 @pytest.mark.parametrize("command", options.COMMANDS)
@@ -307,8 +307,8 @@ def test_what_is_shown_is_a_whole_run(words, driver, write):
 
 
 def test_what_is_shown_has_every_default_written_out(driver):
-    tree = yaml.safe_load(driver("show", "stage=dpo", "model=qwen2", "adapter=lora").sees(0).out)
-    assert tree["stage"] == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+    tree = yaml.safe_load(driver("show", "stage=simpo", "model=qwen2", "adapter=lora").sees(0).out)
+    assert tree["stage"] == {"name": "simpo", "beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}
     assert tree["model"]["path"] == "Qwen/Qwen2-0.5B-Instruct"
     assert tree["adapter"]["name"] == "lora"
     assert tree["optimizer"]["lr"] == pytest.approx(1e-5)
@@ -548,7 +548,7 @@ def complete(*words: str) -> list[str]:
         (["stage="], [f"stage={name}" for name in options.names("stage")]),
         (["model=qwen2"], [f"model={name}" for name in options.names("model") if name.startswith("qwen2")]),
         (["debug=s"], ["debug=smoke"]),
-        (["train.scheduler=c"], [f"train.scheduler={name}" for name in Scheduler if name.startswith("c")]),
+        (["train.scheduler=c"], [f"train.scheduler={name}" for name in sorted(Scheduler) if name.startswith("c")]),
         (["train.shuffle="], ["train.shuffle=false", "train.shuffle=true"]),
         (["objective_mode="], ["objective_mode=auto", "objective_mode=max", "objective_mode=min"]),
         (["train.warm"], ["train.warmup="]),
@@ -647,7 +647,7 @@ def test_bash_completes(tmp_path):
         "ftrun optimizer.": complete("optimizer."),
         "ftrun optimizer.wei": ["optimizer.weight_decay="],
         "ftrun train.scheduler=": sorted(Scheduler),
-        "ftrun show train.scheduler=co": ["constant", "cosine"],
+        "ftrun show train.scheduler=con": ["constant"],
         "ftrun list optim": ["optimizer"],
         "ftrun list quant=n": [name for name in options.names("quant") if name.startswith("n")],
         "ftrun completion ": ["bash", "fish", "zsh"],

@@ -179,7 +179,7 @@ VALUES = [
     case("text for true or false", "check train.shuffle=maybe", "train.shuffle: 'maybe' is not true or false",
          "fix: train.shuffle=true"),
     case("no value of an enum", "check train.scheduler=cosin", "train.scheduler: cosin is none of its values",
-         "did you mean cosine", "linear, cosine, constant"),
+         "did you mean cosine", "linear, cosine, cosine_with_min_lr"),
     case("list for a number", "check train.max_steps=[1,2]", "train.max_steps: ", "is not a whole number"),
     case("list for a text", "check data.path=[a.jsonl,b.jsonl]", "data.path: ", "list", "data.sources="),
     case("text for a list", "check adapter.targets=q_proj", "adapter.targets: 'q_proj' is not a list",

@@ -86,7 +86,7 @@ class Head:
 
         with self._intercepted(compute):
             output = model(**model_inputs(batch), use_cache=False)
-        if not self._tried:
+        if not self._tried and bool(output.logits.isfinite().all()):  # else nothing can be told from it
             self._tried = True
             self._known = _alike(output.logits, expected[0])
             if not self._known:

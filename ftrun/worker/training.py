@@ -451,6 +451,7 @@ def prepare(cfg: Config, kind: type[Run] = Run) -> tuple[nn.Module, Run]:
 def build(cls: type[Trainer_], model: nn.Module, run: Run) -> Trainer_:
     """Make a trainer of the class that a stage names, with the callbacks of every plugin of the run."""
     _say_what_trains(model)
+    _refuse_blind(run)
     args = TrainingArguments(**arguments(run, model))
     trainer = cls(model=model, args=args, train_dataset=run.rows.train, processing_class=run.tokenizer)
     trainer.run = run
@@ -460,6 +461,18 @@ def build(cls: type[Trainer_], model: nn.Module, run: Run) -> Trainer_:
         for callback in option.callbacks(model, run):
             trainer.add_callback(callback)
     return trainer
+
+
+def _refuse_blind(run: Run) -> None:
+    """Refuse what goes by evaluations where there are none.
+
+    Raises:
+        ConfigError: There are no rows to evaluate on.
+    """
+    message = "it goes by how evaluations come out, and there are no rows to evaluate on"
+    fix = "data.eval_path=FILE, or data.eval_size=0.1 to hold out a tenth of the rows"
+    if (keys := run.cfg.train.judged_by_evaluation) and not run.rows.evals:
+        raise ConfigError([Problem(key, message, fix) for key in keys])
 
 
 def _say_what_trains(model: nn.Module) -> None:

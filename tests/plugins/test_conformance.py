@@ -15,7 +15,10 @@ def _forked_workers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forkserver.VARIABLE, server)
 
 
-OVERRIDES = {("reward", "code"): ("reward.code.allow_execution=true",)}
+OVERRIDES = {
+    ("reward", "code"): ("reward.code.allow_execution=true",),
+    **{("stage", name): ("stage.max_new_tokens=8",) for name in ("ppo", "grpo", "rloo", "online_dpo")},
+}
 """What options need besides being chosen."""
 
 ELSEWHERE = {("reward", name): f"reward/test_{name}.py" for name in ("http", "model", "adapter")}

@@ -28,6 +28,7 @@ from ftrun.worker.encode import RowEncoder, TooLongRow
 from ftrun.worker.media import encoders, images, processor, sounds, videos
 from ftrun.worker.media.errors import UnreadableMedium
 from ftrun.worker.media.place import Located
+from ftrun_plugins.stage.sft import SFT
 from tests import vision_models
 
 Image = pytest.importorskip("PIL.Image")
@@ -467,7 +468,9 @@ def test_the_parts_for_media_train_only_if_asked(adapter, models):
     from ftrun.worker import builtin
 
     def trained_weights(model: Any, **options: Any) -> set[str]:
-        adapted = plugin.get("adapter", adapter)(**options).apply(model, SimpleNamespace(is_main=True))
+        adapted = plugin.get("adapter", adapter)(**options).apply(
+            model, SimpleNamespace(is_main=True, cfg=SimpleNamespace(stage=SFT()))
+        )
         return {name for name, weight in adapted.named_parameters() if weight.requires_grad}
 
     without = trained_weights(processor_model(models("qwen2_vl")))

@@ -147,8 +147,8 @@ def test_a_model_that_does_not_keep_rows_apart_is_found_out():
             super().__init__()
             self.embedding = nn.Embedding(32, 8)
 
-        def forward(self, input_ids: Any, position_ids: Any, use_cache: bool) -> Any:
+        def forward(self, input_ids: Any, position_ids: Any, use_cache: bool, output_hidden_states: bool) -> Any:
             states = self.embedding(input_ids).cumsum(1) / torch.arange(1, 1 + input_ids.shape[1])[:, None]
-            return type("Output", (), {"logits": states @ self.embedding.weight.T})
+            return type("Output", (), {"hidden_states": (states,)})
 
     assert pack.leaks(Running())

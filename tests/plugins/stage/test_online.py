@@ -216,7 +216,7 @@ def test_a_stopped_run_goes_on(ftrun, write):
         (("data.packing=best_fit",), "data.packing", "leave data.packing out"),
         (("stage=online_dpo", "train.micro_batch_size=7"), "train.micro_batch_size", "train.micro_batch_size=8"),
         (("stage.reference=copy",), "stage.reference", "stage.beta= more than 0"),
-        (("train.keep_best=true", "train.eval_every=1"), "objective_mode", "objective_mode=max"),
+        (("train.keep_best=true", "train.eval_every=1", "objective_mode=min"), "objective_mode", "objective_mode=max"),
         (("stage=rloo", "stage.reward_clip_range=[1]"), "stage.reward_clip_range", "[LOWEST,HIGHEST]"),
     ],
 )

@@ -259,7 +259,7 @@ def test_the_best_evaluation_is_kept_with_its_value_head(ftrun):
         (("train.padding_free=true",), "train.padding_free", "does not read it"),
         (("data.packing=best_fit",), "data.packing", "does not read it"),
         (("stage.lam=1.5",), "stage.lam", "out of range"),
-        (("train.keep_best=true", "train.eval_every=1", "data.eval_size=4"), "objective_mode", "look for the lowest"),
+        (("train.keep_best=true", "train.eval_every=1", "objective_mode=min"), "objective_mode", "look for the lowest"),
     ],
 )
 def test_what_cannot_be_is_refused(driver, keys, key, says):
