@@ -96,6 +96,13 @@ def find(data: Data, kind: str | None = None) -> tuple[Resolved, list[Problem]]:
         for name in data.eval_sets
         if not re.fullmatch(r"\w+", name)
     ]
+    problems += [
+        Problem(f"data.eval_sets.{name}", "is no path", f"data.eval_sets.{name}=rows.jsonl")
+        for name, path in data.eval_sets.items()
+        if not isinstance(path, str)
+    ]
+    if not all(isinstance(path, str) for path in data.eval_sets.values()):
+        return Resolved([], {}), problems
     names: dict[str, Any] = {}
 
     def open_each(wanted: list[_Wanted]) -> list[tuple[Opened, Opened | None]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ftrun import model as models
 from ftrun.data.tokens import IGNORED
 from ftrun.errors import ConfigError, Problem
-from ftrun.worker import generation, loading
+from ftrun.worker import generation
 from ftrun.worker.batches import Batch, num_tokens, padding_collator
 from ftrun.worker.causal import CausalTrainer
 from ftrun.worker.generation import Decoding, Generator
@@ -77,18 +75,7 @@ class DistillTrainer(CausalTrainer):
         from ftrun_plugins.stage.distill import of_teacher
 
         with of_teacher():
-            if self.stage.teacher_path:
-                self._refuse_other_tokens()
             return super().train(*args, **kwargs)
-
-    def _refuse_other_tokens(self) -> None:
-        cfg = self.run.cfg
-        teacher = models.locate(self.stage.reference_model(cfg))
-        ours = self.run.tokenizer.get_vocab()
-        theirs = loading.tokenizer(dataclasses.replace(cfg, model=teacher)).get_vocab()
-        if other := [token for token, number in ours.items() if theirs.get(token) != number]:
-            message = f"the teacher's tokenizer is another one: to it, {other[0]!r} is not token {ours[other[0]]}"
-            raise ConfigError([Problem("stage.teacher_path", message, "a teacher of the same family as the model")])
 
     def loss_of_tokens(self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Return the loss of each token, of shape (N,), from both models' logits (N, V)."""

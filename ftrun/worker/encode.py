@@ -229,6 +229,7 @@ def _conversation(encoder: RowEncoder, item: Conversation) -> list[_Draft]:
 
 
 def _pair(encoder: RowEncoder, item: Pair) -> list[_Draft]:
+    _refuse_weights(item.chosen + item.rejected, item.row)
     sides = []
     for reply in (item.chosen, item.rejected):
         whole = Conversation(item.prompt + reply, item.row, item.tools, item.media)
@@ -237,7 +238,15 @@ def _pair(encoder: RowEncoder, item: Pair) -> list[_Draft]:
     return [_Draft(item.row, sides, item.margin, one_turn=True, special_as_text=special)]
 
 
+def _refuse_weights(reply: Sequence[Any], row: Row) -> None:
+    if any(message.get("weight", 1) not in (0, 1) for message in reply):
+        raise BadRow(
+            row, "a weight of a reply that is judged as a whole means nothing", "no weight, or 0 for a message"
+        )
+
+
 def _feedback(encoder: RowEncoder, item: Feedback) -> list[_Draft]:
+    _refuse_weights(item.reply, item.row)
     whole = Conversation(item.prompt + item.reply, item.row, item.tools, item.media)
     parts = _only(encoder.renderer.sequences(whole, first=len(item.prompt)), item.row)
     special = _special_as_text(encoder, whole.messages)

@@ -27,12 +27,22 @@ def of_sequences(
         count: Sequences in the batch; those behind the last real one, which only fill it up, are left out.
         weights: How much each labelled token counts, of shape (N,), or 1 each.
     """
+    each = of_tokens(trainer, model, batch)
+    return summed(each if weights is None else each * weights, batch, count)
+
+
+def of_tokens(trainer: RunTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the log-probability of each labelled token, in nats and float32, of shape (N,).
+
+    Args:
+        trainer: Whose model it is.
+        model: What is called: the trainer's model, wrapped or not, or another one.
+        batch: The sequences.
+    """
     plain = trainer.accelerator.unwrap_model(model)
     head = trainer.head if plain is trainer.model else Head(plain)
     (each,) = head.scores(model, batch, token_logprobs)
-    if weights is not None:
-        each = each * weights
-    return summed(each, batch, count)
+    return each
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:

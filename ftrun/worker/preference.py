@@ -75,7 +75,7 @@ class PreferenceTrainer(RunTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Note what the reference thinks of every pair, or have it at hand, then train."""
         if self.objective.needs_reference:
-            self._said = reference.said(self, self._log_probabilities, count=2)
+            self._said = reference.said(self, lambda model, batch: self._log_probabilities(model, batch)[0], count=2)
         return super().train(*args, **kwargs)
 
     def own_state(self) -> dict[str, Any]:
@@ -91,6 +91,7 @@ class PreferenceTrainer(RunTrainer):
         found, num_items = super().get_batch_samples(*args, **kwargs)
         self._step, self._at = [], 0
         if self.objective.needs_whole_step and len(found) * self.run.world_size > 1:
+            self.model.eval()  # without noise, whatever came before; a training step switches it back
             with torch.no_grad(), self.accelerator.autocast():
                 self._step = self._of_all_processes([self._pairs(self.model, self.on_device(b)) for b in found])
             self._at = self.run.rank * len(found)
@@ -98,27 +99,41 @@ class PreferenceTrainer(RunTrainer):
         return found, num_items
 
     def _of_all_processes(self, parts: list[Pairs]) -> list[Pairs]:
-        return gather_object(parts) if self.run.world_size > 1 else parts
+        if self.run.world_size == 1:
+            return parts
+        here = self.args.device
+        # What is pickled on a GPU comes back on that very GPU, in every process.
+        return [part.to(here) for part in gather_object([part.to(torch.device("cpu")) for part in parts])]
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         pairs = torch.tensor(float(sum(len(batch["index"]) for batch in batch_samples)), device=device)
         return self.accelerator.reduce(pairs)
 
-    def _log_probabilities(self, model: nn.Module, batch: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the summed log-probability of the labelled tokens of both sides, in float32, of shape (2, B)."""
-        return logprobs.of_sequences(self, model, batch, 2 * len(batch["index"]), weights).view(2, -1)
+    def _log_probabilities(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the summed log-probabilities of both sides, in float32, of shape (2, 2, B).
+
+        The first is with the weights that tokens have where replies differ in length, the second without.
+        """
+        count, tail = 2 * len(batch["index"]), self.objective.tail_weight
+        each = logprobs.of_tokens(self, model, batch)
+        whole = logprobs.summed(each, batch, count).view(2, -1)
+        if tail is None:
+            return torch.stack([whole, whole])
+        weights = tail_weights(batch, logprobs.lengths(batch, count).view(2, -1), tail)
+        return torch.stack([logprobs.summed(each * weights, batch, count).view(2, -1), whole])
 
     def _pairs(self, model: nn.Module, batch: Batch, of: str | None = None) -> Pairs:
         """Return what policy and reference say of a batch."""
         lengths = logprobs.lengths(batch, 2 * len(batch["index"])).view(2, -1)
-        tail = self.objective.tail_weight
-        policy = self._log_probabilities(model, batch, None if tail is None else tail_weights(batch, lengths, tail))
+        policy, whole = self._log_probabilities(model, batch)
         said = self._said(batch, of) if self._said else (None, None)
         return Pairs(
             policy_chosen=policy[0],
             policy_rejected=policy[1],
             reference_chosen=said[0],
             reference_rejected=said[1],
+            whole_chosen=whole[0],
+            whole_rejected=whole[1],
             chosen_length=lengths[0],
             rejected_length=lengths[1],
             **self.objective.settings,
@@ -179,8 +194,8 @@ def metrics_of(pairs: Pairs) -> dict[str, torch.Tensor]:
         "rewards_rejected": rejected,
         "rewards_margins": chosen - rejected,
         "rewards_accuracies": (chosen > rejected).float(),
-        "logps_chosen": pairs.policy_chosen.detach(),
-        "logps_rejected": pairs.policy_rejected.detach(),
+        "logps_chosen": pairs.whole[0].detach(),
+        "logps_rejected": pairs.whole[1].detach(),
         "nll_chosen": chosen_nll(pairs).detach(),
     }
 

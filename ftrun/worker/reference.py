@@ -20,13 +20,14 @@ from torch import nn
 
 from ftrun import events
 from ftrun.anchor import Anchored, Reference, of_reference
+from ftrun.errors import ConfigError, Problem
 from ftrun.model import identity
 from ftrun.worker import loading, parameters, sampling
 from ftrun.worker.batches import Batch, is_flat
 from ftrun.worker.head import Head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ftrun.worker.dataset import Selected
     from ftrun.worker.stored import StoredRows
@@ -134,10 +135,12 @@ class Live:
         try:
             for name, weight in weights.items():
                 weight.data = self._start[name]
+            torch.clear_autocast_cache()  # it holds casts by tensor, whatever that tensor now holds
             yield
         finally:
             for name, weight in weights.items():
                 weight.data = now[name]
+            torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -165,8 +168,18 @@ def _other_model(trainer: RunTrainer) -> PreTrainedModel | None:
         return None
     events.send("phase", text="loading the reference model")
     with of_reference():
-        other = loading.model(dataclasses.replace(cfg, model=stage.reference_model(cfg)), trainer.run.tokenizer)
+        theirs = dataclasses.replace(cfg, model=stage.reference_model(cfg))
+        _refuse_other_tokens(trainer, loading.tokenizer(theirs))
+        other = loading.model(theirs, trainer.run.tokenizer)
     return other.requires_grad_(False).eval().to(trainer.args.device)
+
+
+def _refuse_other_tokens(trainer: RunTrainer, theirs: PreTrainedTokenizerBase) -> None:
+    known = theirs.get_vocab()
+    ours = trainer.run.tokenizer.get_vocab()
+    if other := [token for token, number in ours.items() if known.get(token) != number]:
+        message = f"its tokenizer is another one: to it, {other[0]!r} is not token {ours[other[0]]}"
+        raise ConfigError([Problem("model.path", message, "a model of the same family as the one that trains")])
 
 
 def _of_rows(
@@ -236,6 +249,7 @@ def _key(trainer: RunTrainer, *, with_policy: bool) -> str:
     material = [
         VERSION, torch.__version__, transformers.__version__, identity(model), adapter,
         str(next(trainer.model.parameters()).dtype), model.dtype, cfg.model.attention, dataclasses.asdict(cfg.quant),
+        getattr(stage, "ld_alpha", 1.0),
         train.precision, cfg.hardware.device, train.micro_batch_size, train.micro_batch_tokens, train.padding_free,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,6 +28,10 @@ class Pairs:
     """None for a loss that needs no reference."""
 
     reference_rejected: torch.Tensor | None = None
+    whole_chosen: torch.Tensor | None = None
+    """What ``policy_chosen`` is with a weight of 1 for every token; None where it is that itself."""
+
+    whole_rejected: torch.Tensor | None = None
     chosen_length: torch.Tensor
     """Learned tokens of each better reply, of shape (B,)."""
 
@@ -48,6 +53,21 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.policy_chosen)
+
+    def to(self, device: torch.device) -> Pairs:
+        """Return the same on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+        }
+        return Pairs(**moved)
+
+    @property
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's log-probabilities of both replies, every token of which counts."""
+        if self.whole_chosen is None or self.whole_rejected is None:
+            return self.policy_chosen, self.policy_rejected
+        return self.whole_chosen, self.whole_rejected
 
     @property
     def chosen_logratio(self) -> torch.Tensor:
@@ -120,7 +140,9 @@ class RunningMean:
 
     def update(self, values: torch.Tensor) -> None:
         """Take in further values, of any shape."""
-        self.total += float(values.detach().double().sum())
+        values = values.detach().double()
+        values = values[values.isfinite()]  # those of a step that is skipped would stay in it for good
+        self.total += float(values.sum())
         self.count += values.numel()
 
     def state_dict(self) -> dict[str, float]:
@@ -152,7 +174,7 @@ def among(loss: Loss, pairs: Pairs, others: Pairs | None) -> torch.Tensor:
 
 def chosen_nll(pairs: Pairs) -> torch.Tensor:
     """Return the mean negative log-likelihood of a token of each better reply: the term that cpo adds, and ftx."""
-    return -pairs.chosen_mean
+    return -pairs.whole[0] / _tokens(pairs.chosen_length)
 
 
 def sigmoid(pairs: Pairs) -> torch.Tensor:

@@ -66,6 +66,8 @@ def asft(
         reference_logits: Of the reference, of shape (N, V).
         alpha: Weight of the divergence.
     """
-    policy, reference = logits.log_softmax(-1), reference_logits.detach().log_softmax(-1)
+    shared = min(logits.shape[-1], reference_logits.shape[-1])  # the rest is padding, which no token has
+    policy = logits.log_softmax(-1)[:, :shared]
+    reference = reference_logits.detach()[:, :shared].log_softmax(-1)
     divergence = (reference.exp() * (reference - policy)).sum(-1)
     return dft(logits, targets) + alpha * divergence

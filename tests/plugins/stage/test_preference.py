@@ -139,7 +139,13 @@ def test_what_is_resumed_goes_on_as_if_nothing_had_been(ftrun, loss):
     )
     whole = ftrun(*words, "train.grad_accumulation=2", "train.save_every=3").sees(0)
     other = ftrun(
-        *words, "train.grad_accumulation=2", "train.save_every=3", "train.keep_checkpoints=9", "output_dir=two"
+        *words,
+        "train.grad_accumulation=2",
+        "train.save_every=3",
+        "train.keep_checkpoints=9",
+        "adapter.dropout=0.2",
+        "train.eval_every=3",
+        "output_dir=two",
     ).sees(0)
     shutil.rmtree(other.folder / "checkpoints" / "step-6")
     shutil.rmtree(other.folder / "model")
@@ -253,3 +259,45 @@ def test_tokens_beyond_the_shorter_reply_count_less():
     for batch in (batches.pad(rows, 0), batches.flatten(rows)):
         found = preference.tail_weights(batch, torch.tensor([[3.0, 6.0], [4.0, 2.0]]), 0.5)
         assert found.tolist() == [1, 1, 1, *[1, 1, 0.5, 0.5, 0.5, 0.5], 1, 1, 1, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize("words", [(), ("stage.loss=bco", "train.grad_accumulation=2", "train.micro_batch_size=2")])
+def test_a_frozen_copy_says_in_bf16_what_was_computed_before(ftrun, words):
+    run = (
+        "stage=dpo",
+        *SMALL,
+        "adapter=full",
+        "train.precision=bf16",
+        "optimizer.lr=1e-3",
+        "train.max_steps=3",
+        *words,
+    )
+    kept, copied = (ftrun(*run, f"stage.reference={name}").sees(0) for name in ("precomputed", "copy"))
+    assert kept.metrics[-1]["eval_rewards_margins"] > 0.02
+    for ours, expected in zip(copied.metrics, kept.metrics, strict=True):
+        for name in expected.keys() & {"loss", "eval_loss", "eval_rewards_margins", "rewards_chosen"}:
+            assert ours[name] == pytest.approx(expected[name], abs=2e-3), name
+
+
+def test_tokens_that_count_less_do_so_for_the_reference_too_and_not_in_what_is_reported(ftrun):
+    words = ("stage=dpo", *SMALL, "train.max_steps=1")
+    plain, less = ftrun(*words).sees(0), ftrun(*words, "stage.ld_alpha=0.3", "stage.ftx=0.0").sees(0)
+    assert first(less)["loss"] == pytest.approx(LN2, abs=1e-5)
+    for name in ("logps_chosen", "logps_rejected", "nll_chosen", "eval_logps_chosen"):
+        assert first(less)[name] == pytest.approx(first(plain)[name], rel=1e-5)
+
+
+def test_a_reference_with_other_tokens_is_refused(ftrun, tmp_path):
+    from ftrun.worker import builtin
+
+    tokenizer = builtin.tokenizer()
+    tokenizer.add_tokens(["<of another family>"])
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = table["model"]["vocab"]
+    one, other = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    builtin.model({"dtype": torch.float32}).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(table))
+    done = ftrun("stage=dpo", *SMALL, "stage.reference=model", "stage.reference_path=other").sees(2)
+    assert "stage.reference_path: its tokenizer is another one" in done.err
