@@ -130,23 +130,12 @@ def comparable(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("loss", ["bco", "sigmoid"])
 def test_what_is_resumed_goes_on_as_if_nothing_had_been(ftrun, loss):
     words = (
-        "stage=dpo",
-        f"stage.loss={loss}",
-        *SMALL,
-        "adapter.init=pissa",
-        "stage.reference=copy",
-        "train.max_steps=8",
-    )
-    whole = ftrun(*words, "train.grad_accumulation=2", "train.save_every=3").sees(0)
-    other = ftrun(
-        *words,
-        "train.grad_accumulation=2",
-        "train.save_every=3",
+        "stage=dpo", f"stage.loss={loss}", *SMALL, "adapter.init=pissa", "adapter.dropout=0.2", "stage.reference=copy",
+        "train.max_steps=8", "train.grad_accumulation=2", "train.save_every=3", "train.eval_every=3",
         "train.keep_checkpoints=9",
-        "adapter.dropout=0.2",
-        "train.eval_every=3",
-        "output_dir=two",
-    ).sees(0)
+    )  # fmt: skip
+    whole = ftrun(*words).sees(0)
+    other = ftrun(*words, "output_dir=two").sees(0)
     shutil.rmtree(other.folder / "checkpoints" / "step-6")
     shutil.rmtree(other.folder / "model")
     result = json.loads((other.folder / "result.json").read_text())
