@@ -89,6 +89,11 @@ class Rows:
     content_key: str = ""
     """Hash of everything that the tokens depend on."""
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row, of all that are trained and evaluated on."""
+        return max(int(rows.lengths.max()) for rows in (self.train, *self.evals.values()))
+
 
 def load(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Find the rows of a run, of whatever kind its stage trains on, tokenised before or now.

@@ -20,8 +20,8 @@ from ftrun.worker.sampling import Budget
 if TYPE_CHECKING:
     from ftrun_plugins.stage.distill import Distill
 
-_TEXT = {"input_ids", "labels", "attention_mask", "weights"}
-"""What a batch of rows without media holds."""
+_TEXT = {"input_ids", "labels", "attention_mask", "weights", "position_ids", "token_mask"}
+"""What a batch of rows without media holds; the last two are of the stand-in for no rows."""
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, *, beta: float, temperature: float) -> torch.Tensor:
@@ -112,6 +112,8 @@ class DistillTrainer(CausalTrainer):
         rows = [row for batch in batches for row in rows_of(batch)]
         begins = [last_reply(row["labels"]) for row in rows]
         prompts = [{"input_ids": row["input_ids"][:at]} for row, at in zip(rows, begins, strict=True) if at]
+        longest = max((at for at in begins if at), default=0)
+        generation.refuse_too_long(self.model, longest, self.stage.max_new_tokens)
         with self.accelerator.autocast():
             replies = iter(self._generator(len(batches[0]["input_ids"])).replies(self.model, prompts))
         made = [_with_reply(row, at, next(replies)) if at else row for row, at in zip(rows, begins, strict=True)]

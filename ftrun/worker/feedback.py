@@ -191,9 +191,7 @@ class FeedbackTrainer(RunTrainer):
 
     def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
         """Return the mean of each metric that has occurred, and how far the rewards of both kinds are apart."""
-        totals = self.over_processes([value for pair in sums.values() for value in pair])
-        pairs = dict(zip(sums, zip(totals[::2], totals[1::2], strict=True), strict=True))
-        found = {name: total / count for name, (total, count) in pairs.items() if count}
+        found = super().means(sums)
         for name in [name for name in found if name.endswith("rewards_chosen")]:
             if (rejected := found.get(name.replace("chosen", "rejected"))) is not None:
                 found[name.replace("chosen", "margins")] = found[name] - rejected

@@ -23,6 +23,7 @@ from transformers import (
 from ftrun.config import Config
 from ftrun.data import TrainOn
 from ftrun.data.rows import Conversation, Row
+from ftrun.errors import ConfigError, Problem
 from ftrun.worker.batches import Batch, model_inputs, padding_collator
 from ftrun.worker.encode import EncodedRow, RowEncoder
 from ftrun.worker.sampling import Budget
@@ -216,6 +217,19 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def refuse_too_long(model: PreTrainedModel, longest: int, reply: int) -> None:
+    """Stop where the longest question and a reply have more tokens than a model has positions.
+
+    Raises:
+        ConfigError: They have: some models would fail at a reply of that length, others write nonsense.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest + reply > positions:
+        message = f"a question of {longest} tokens and a reply of {reply} do not fit into the model's {positions}"
+        fix = f"stage.max_new_tokens={positions - longest}" if longest < positions else "a smaller data.max_length"
+        raise ConfigError([Problem("stage.max_new_tokens", message, fix)])
 
 
 def end_ids(cfg: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:

@@ -278,7 +278,7 @@ class OnlineTrainer(RunTrainer):
         judged = self._completions(_questions(everything[mine]), written[mine])
         total, each = self.rewards(judged)
         values = {
-            "rewards_mean": total,
+            "rewards_mean": total[~torch.stack([*each.values()]).isnan().all(0)],
             "completion_length": _numbers(len(one.ids) for one in judged),
             "completions_truncated": _numbers(not one.finished for one in judged),
         } | {f"rewards_{name}": value[~value.isnan()] for name, value in each.items()}
@@ -471,5 +471,6 @@ def build(cls: type[OnlineTrainer_], cfg: Config) -> OnlineTrainer_:
     rows = dataset.load(cfg, tokenizer)
     model = loading.model(cfg, tokenizer)
     run = OnlineRun(cfg, rows, tokenizer)
+    generation.refuse_too_long(model, rows.longest, cast(Any, cfg.stage).max_new_tokens)
     made = cast("type[OnlineTrainer_]", partial(cls, run=run))
     return training.build(made, cfg.adapter.apply(model, run), run)

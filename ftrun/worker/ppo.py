@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, set_seed
 
 from ftrun import events, record
 from ftrun.completions import Completion
-from ftrun.errors import ConfigError, Problem
 from ftrun.worker import generation, training
 from ftrun.worker.batches import Batch, Collate, model_inputs, num_tokens, padding_collator
 from ftrun.worker.generation import Decoding, Generator
@@ -157,7 +156,7 @@ class PPOTrainer(RunTrainer):
         """Note what training starts from, make the value model, and train."""
         stage, cfg = self.stage, self.run.cfg
         policy = self.model.to(self.args.device)
-        _refuse_too_long(self.run, policy)
+        generation.refuse_too_long(policy, self.run.rows.longest, stage.max_new_tokens)
         self.controller = KLController(stage.kl_coef, stage.kl_target, stage.kl_horizon)
         self.reference = Live(self) if stage.kl_coef else None
         self.rewards = Rewards(cfg.reward, self.run, policy)
@@ -487,21 +486,6 @@ class PPOTrainer(RunTrainer):
         self.rollout = Rollout.of(state["rollout"]) if state["rollout"] else None
 
 
-def _refuse_too_long(run: Run, policy: PreTrainedModel) -> None:
-    """Stop where the longest question and a reply have more tokens than the model has positions.
-
-    Raises:
-        ConfigError: They have: some models would fail at a reply of that length, others write nonsense.
-    """
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(rows.lengths.max()) for rows in (run.rows.train, *run.rows.evals.values()))
-    wanted = cast("PPO", run.cfg.stage).max_new_tokens
-    if positions and longest + wanted > positions:
-        message = f"a question of {longest} tokens and a reply of {wanted} do not fit into the model's {positions}"
-        fix = f"stage.max_new_tokens={positions - longest}" if longest < positions else "a smaller data.max_length"
-        raise ConfigError([Problem("stage.max_new_tokens", message, fix)])
-
-
 def _places(rows: Sequence[Any]) -> Batch:
     """Return where rows are in their data set."""
     return {"places": torch.tensor([int(row["index"]) for row in rows], dtype=torch.int64)}
@@ -512,7 +496,7 @@ def _values_of(
 ) -> dict[str, torch.Tensor]:
     """Return what is to be averaged over replies."""
     return {
-        "rewards_mean": scores,
+        "rewards_mean": scores[~torch.stack([*each.values()]).isnan().all(0)],
         **{f"rewards_{name}": values[~values.isnan()] for name, values in each.items()},
         "completion_length": torch.tensor([float(len(one.ids)) for one in judged]),
         "completions_truncated": torch.tensor([float(not one.finished) for one in judged]),

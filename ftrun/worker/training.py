@@ -293,7 +293,7 @@ class RunTrainer(Trainer):
     def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
         """Return the mean of each metric over all processes, from each process's [sum, count]."""
         totals = self.over_processes([value for pair in sums.values() for value in pair])
-        return {name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums)}
+        return {name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums) if totals[2 * n + 1]}
 
     def over_processes(self, values: list[float]) -> list[float]:
         """Return each value summed over all processes."""

@@ -18,7 +18,7 @@ _RATIO = re.compile(rf"({_DECIMAL})\s*/\s*({_DECIMAL})", re.IGNORECASE)
 _FRACTION = re.compile(r"(\d*)\s*\\frac\{\s*([^{}]+?)\s*\}\{\s*([^{}]+?)\s*\}")
 _MIXED = re.compile(r"(\d+)\s+(\d+)/(\d+)")
 _POWER = re.compile(rf"(?:({_DECIMAL})\s*(?:\\times|\\cdot|\u00d7|\*)\s*)?10\s*\^\s*\{{?\s*([+-]?\d{{1,3}})\s*\}}?")
-_WHOLE = r"(?!\d|[^\W\d_](?![^\W\d_])|\s?[\\^*/+=(])"
+_WHOLE = r"(?!\d|[^\W\d_](?![^\W\d_])|\s?[\\^*/+=]|\()"
 """After a number: no further digit, no variable that it would be a factor of, no operation on it."""
 
 _IN_TEXT = re.compile(

@@ -126,6 +126,10 @@ class Online(Anchored, Stage):
         if max(accumulation, together) % min(accumulation, together):
             message = f"replies for {together} micro batches, and steps of {accumulation}: some would lie across two"
             yield Problem("stage.steps_per_generation", message, f"{accumulation}, or a multiple or a part of it")
+        if self.num_iterations > 1 and accumulation > together:
+            message = f"passes over the replies of {together} micro batches would share a step of {accumulation}"
+            fix = f"stage.steps_per_generation={accumulation}, or without either"
+            yield Problem("stage.num_iterations", message, fix)
         elsewhere = together * (cfg.hardware.num_processes or 1)
         size, written = cfg.train.micro_batch_size, cfg.train.micro_batch_size * elsewhere
         if written % self.group_size:
