@@ -267,7 +267,7 @@ class TestDamagedFiles:
         [
             ("a.jsonl", b"PAR1\x15\x04\x15", "a.jsonl: is a Parquet file (.parquet)"),
             ("a.jsonl", b"ARROW1\0\0", "a.jsonl: is an Arrow file"),
-            ("a.json", gzip.compress(b"x"), "a.json: is packed with gzip (.gz)"),
+            ("a.json", gzip.compress(b"x", mtime=0), "a.json: is packed with gzip (.gz)"),
             ("a.csv", b"PK\x03\x04xx", "a.csv: is a ZIP archive"),
             ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "a.jsonl: is UTF-16 text"),
             ("a.json", '[{"text": "x"}]'.encode("utf-16-le"), "a.json: is UTF-16 text"),
