@@ -27,6 +27,8 @@ from rich.table import Table
 
 console = Console(width=140)
 STEPS = 8
+PAIRS = 32
+"""Pairs that are trained on, each of which the reference is asked about once."""
 
 # What is measured of any trainer of transformers, whoever has made it, in its own process.
 WATCH = """
@@ -159,7 +161,7 @@ class Bench:
 
     def ours(self, stage: str, *words: str, script: str = OURS) -> dict[str, float]:
         """Train with ftrun."""
-        rows = self.pairs if stage == "dpo" else self.rows
+        rows, words = (self.pairs, (*words, f"data.rows={PAIRS}")) if stage == "dpo" else (self.rows, words)
         common = [
             f"stage={stage}", f"model.path={self.folder / 'model'}", f"data.path={rows}", "template=qwen",
             "data.max_length=512", "hardware=cpu", f"train.max_steps={STEPS}", "train.micro_batch_size=4",
@@ -177,7 +179,8 @@ class Bench:
             "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-5, "use_cpu": True, "bf16": False,
             "lr_scheduler_type": "constant", "logging_steps": 100, "save_strategy": "no", "report_to": "none",
             "optim": "adamw_torch", "overwrite_output_dir": True, "overwrite_cache": True, "seed": 1,
-            "output_dir": str(self.folder / f"theirs{next(self._numbers)}"), **more,
+            "output_dir": str(self.folder / f"theirs{next(self._numbers)}"),
+            **({"max_samples": PAIRS} if stage == "dpo" else {}), **more,
         }  # fmt: skip
         assert self.peer
         return self._run(self.peer, PEER, [json.dumps(config)])
