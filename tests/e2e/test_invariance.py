@@ -13,7 +13,7 @@ def numbers(done) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["dpo stage.loss=aot", "kto", "rm"])
+@pytest.mark.parametrize("words", ["dpo stage.loss=aot", "kto"])
 def test_processes_can_share_a_batch(ftrun, words):
     first, *more = words.split()
     stage = [f"stage={first}", *more, *RUN]

@@ -158,8 +158,7 @@ def test_the_reference_can_be_another_model(ftrun):
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
-        ("grpo", ()), ("grpo", ("stage.loss=grpo",)), ("grpo", ("stage.loss=dr_grpo", "stage.beta=0.1")),
-        ("rloo", ()), ("online_dpo", ()),
+        ("grpo", ("stage.loss=grpo",)), ("grpo", ("stage.loss=dr_grpo", "stage.beta=0.1")),
     ],
 )  # fmt: skip
 def test_the_batch_can_be_split(ftrun, stage, more):
