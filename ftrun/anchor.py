@@ -85,12 +85,12 @@ class Anchored:
             message = "the replies that it is asked about are only written while training"
             yield Problem("stage.reference", message, "stage.reference=copy, or auto")
 
-    def check_reference_files(self, cfg: Config) -> Iterator[Problem]:
+    def check_files(self, cfg: Config) -> Iterator[Problem]:
         """Yield what is wrong with the other model as far as this machine's disk can tell."""
         if self.reference_path is not None:
             yield from map(_of_reference, model.check(self.reference_model(cfg)))
 
-    def settle_reference(self, cfg: Config) -> None:
+    def settle(self, cfg: Config) -> None:
         """Settle, in place, where the other model's files are.
 
         Raises:

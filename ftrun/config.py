@@ -298,12 +298,14 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
 
 
 def _rewards(cfg: Config) -> Iterator[Problem]:
-    """Yield a reward that the stage has no use for."""
+    """Yield whether rewards and the stage do not go together."""
+    stage = f"stage={cfg.stage.name}"
     if cfg.reward and not cfg.stage.default_reward:
         fix = "leave reward=... out, or a stage that has replies judged (`ftrun list stage`)"
-        yield Problem(
-            "reward", f"stage={cfg.stage.name} writes no replies, so there is nothing that a reward could judge", fix
-        )
+        yield Problem("reward", f"{stage} writes no replies, so there is nothing that a reward could judge", fix)
+    elif cfg.stage.rows == "questions" and not cfg.reward:
+        fix = f"reward=NAME, NAME one of {', '.join(plugin.names(Reward.group))}"
+        yield Problem("reward", f"{stage} learns from what its replies are worth, and nothing judges them", fix)
 
 
 def _metrics(cfg: Config) -> list[str]:

@@ -83,9 +83,7 @@ class CausalTrainer(RunTrainer):
         metrics: dict[str, float] = {}
         for name, rows in self.run.rows.evals.items():
             metrics |= self._evaluate_set(f"eval_{name}_" if name else "eval_", rows)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.evaluated(metrics)
 
     def _evaluate_set(self, prefix: str, rows: Any) -> dict[str, float]:
         sums = [0.0] * 5

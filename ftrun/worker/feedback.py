@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from torch import nn
 
 from ftrun import events
 from ftrun.data.tokens import IGNORED
-from ftrun.worker import logprobs, reference, training
-from ftrun.worker.batches import Batch, Collate, is_flat, sequence_collator
+from ftrun.worker import logprobs, noise, reference, training
+from ftrun.worker.batches import Batch, Collate, sequence_collator
 from ftrun.worker.dataset import Selected
 from ftrun.worker.stored import StoredRows
 from ftrun.worker.training import RunTrainer, add
@@ -131,7 +131,7 @@ class FeedbackTrainer(RunTrainer):
         found, num_items = super().get_batch_samples(*args, **kwargs)
         good = sum(float(batch["good"].sum()) for batch in found)
         found = [self._compared(self.on_device(batch)) for batch in found]
-        with _without_noise(self.model), torch.no_grad(), self.accelerator.autocast():
+        with noise.off(self.model), torch.no_grad(), self.accelerator.autocast():
             ratios = [self._mismatched_ratios(batch) for batch in found]
         (self._num_good,) = self.over_processes([good])
         self._kl = self._divergence(ratios)
@@ -203,14 +203,12 @@ class FeedbackTrainer(RunTrainer):
         means: dict[str, float] = {}
         for name, rows in self.run.rows.evals.items():
             means |= self._evaluate_set(name, rows)
-        self.log(dict(means))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
-        return means
+        return self.evaluated(means)
 
     def _evaluate_set(self, name: str, rows: Any) -> dict[str, float]:
         with torch.no_grad(), self.accelerator.autocast():
             parts, ratios = [], []
-            for batch in self._batches_of(rows):
+            for batch in self.batches_in_file_order(rows):
                 compared = self._compared(batch, name)
                 parts.append(self._replies(self.model, compared))
                 ratios.append(self._mismatched_ratios(compared))
@@ -222,10 +220,6 @@ class FeedbackTrainer(RunTrainer):
             found["loss"] += self.objective.nll_weight * found.get("nll_chosen", 0.0)
         prefix = f"eval_{name}_" if name else "eval_"
         return {prefix + metric: value for metric, value in found.items()}
-
-    def _batches_of(self, rows: Any) -> Iterator[Batch]:
-        for found in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
-            yield self.on_device(self.collate(found))
 
 
 def batch_of(rows: Sequence[Any], collate: Collate, *, mismatched: bool) -> Batch:
@@ -360,17 +354,6 @@ def _say_if_all_alike(rows: Selected) -> None:
     if all(bool(rows[position]["extra"]) is first for position in range(1, len(rows))):
         kind, effect = ("good", "down") if first else ("bad", "up")
         events.send("note", text=f"all {len(rows)} replies are {kind}: nothing pushes any of them {effect}")
-
-
-@contextlib.contextmanager
-def _without_noise(model: nn.Module) -> Iterator[None]:
-    """While inside, compute without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _reply_begins(row: dict[str, Any]) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from ftrun.config import Config
 from ftrun.data import TrainOn
 from ftrun.data.rows import Conversation, Row
 from ftrun.errors import ConfigError, Problem
+from ftrun.worker import noise
 from ftrun.worker.batches import Batch, model_inputs, padding_collator
 from ftrun.worker.encode import EncodedRow, RowEncoder
 from ftrun.worker.sampling import Budget
@@ -99,7 +99,7 @@ class Generator:
         order = np.argsort(-lengths, kind="stable")[rank::world_size]
         taken = (lengths[order] + self.decoding.max_new_tokens) * self.decoding.num_beams
         written: list[tuple[int, list[int]]] = []
-        with _evaluating(model):
+        with noise.off(model), torch.no_grad():
             for start, stop in itertools.pairwise(self.budget.fill(taken).tolist()):
                 numbers = order[start:stop].tolist()
                 found = self._write(model, [prompts[number] for number in numbers], numbers)
@@ -205,18 +205,6 @@ class _Drawn(LogitsProcessor):
 
 def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed * 1_000_003 + number)
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout and gradients off, and afterwards on again if they were."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def refuse_too_long(model: PreTrainedModel, longest: int, reply: int) -> None:

@@ -80,11 +80,11 @@ class Head:
             first = hidden[:1, :1].detach()
             if not self._tried:
                 with torch.no_grad():
-                    expected.append(self._logits(first))
+                    expected.append(self.of_hidden(first))
             found.append(self._in_parts(hidden[where], score, (targets, *further), summed))
             return first  # what the model itself makes logits of: next to nothing
 
-        with self._intercepted(compute):
+        with intercepted(self._head, compute):
             output = model(**model_inputs(batch), use_cache=False)
         if not self._tried and bool(output.logits.isfinite().all()):  # else nothing can be told from it
             self._tried = True
@@ -92,11 +92,6 @@ class Head:
             if not self._known:
                 return self.scores(model, batch, score, further=further, summed=summed)
         return found[0]
-
-    def logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (N, V) of all labelled positions, and the labels (N,), for small batches."""
-        where = labelled_positions(batch["labels"])
-        return self._selected(model, batch, where), batch["labels"][:, 1:][where[:, :-1]]
 
     def hidden(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return what the head is given at the labelled positions, of shape (N, H), without a gradient."""
@@ -106,13 +101,9 @@ class Head:
             found.append(hidden[where])
             return hidden[:1, :1]
 
-        with torch.no_grad(), self._intercepted(keep):
+        with torch.no_grad(), intercepted(self._head, keep):
             model(**model_inputs(batch), use_cache=False)
         return found[0]
-
-    def of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits in float32 of what `hidden` has returned, or of a part of it."""
-        return self._logits(hidden)
 
     def _in_parts(
         self, hidden: torch.Tensor, score: Score, rows: Sequence[torch.Tensor], summed: bool
@@ -141,10 +132,10 @@ class Head:
         return _joined(scored, summed)
 
     def _score_of(self, score: Score, hidden: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return score(self._logits(hidden), *rows)
+        return score(self.of_hidden(hidden), *rows)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits in float32."""
+    def of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits in float32 of what the head is given, of shape (..., H): all of `hidden`, or a part."""
         logits = (self._module or self._head)(hidden).float()
         config = self.plain.config.get_text_config()
         for name, change in _AFTER_THE_HEAD.items():
@@ -168,29 +159,30 @@ class Head:
         return _joined([score(self._selected(model, batch, where), *rows)], summed)
 
     def _selected(self, model: nn.Module, batch: Batch, where: torch.Tensor) -> torch.Tensor:
-        with self._intercepted(lambda hidden: hidden[where].unsqueeze(0)):
+        with intercepted(self._head, lambda hidden: hidden[where].unsqueeze(0)):
             return model(**model_inputs(batch), use_cache=False).logits[0].float()
 
-    @contextlib.contextmanager
-    def _intercepted(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """While inside, have what the model gives its head be changed first; ``change`` may call the head itself."""
-        inside = False
 
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            nonlocal inside
-            if inside:
-                return None
-            inside = True
-            try:
-                return (change(arguments[0]), *arguments[1:])
-            finally:
-                inside = False
+@contextlib.contextmanager
+def intercepted(head: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While inside, have what a model gives its head be changed first; ``change`` may call the head itself."""
+    inside = False
 
-        handle = self._head.register_forward_pre_hook(hook)
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal inside
+        if inside:
+            return None
+        inside = True
         try:
-            yield
+            return (change(arguments[0]), *arguments[1:])
         finally:
-            handle.remove()
+            inside = False
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 _AFTER_THE_HEAD: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {

@@ -10,7 +10,6 @@ TRL writes the replies, makes advantages of the rewards, and computes the losses
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import os
@@ -28,17 +27,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import Trainer
 
-from ftrun import events, record
 from ftrun.completions import Completion
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
-from ftrun.worker import dataset, generation, loading, parameters, sampling, training
+from ftrun.worker import generation, noise, parameters, sampling, training, verdicts
 from ftrun.worker.arguments import arguments
 from ftrun.worker.batches import Batch
 from ftrun.worker.generation import Decoding, Generator
 from ftrun.worker.reference import Live
 from ftrun.worker.rewarding import Rewards
+from ftrun.worker.samples import show
 from ftrun.worker.training import Run, RunTrainer, add
+from ftrun.worker.verdicts import completion
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -113,17 +113,6 @@ class OnlineRun(Run):
         return GroupBatches(lengths, self.cfg, rank=self.rank, world_size=self.world_size)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While inside, nothing in the model is random."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 class OnlineTrainer(RunTrainer):
     """What the run's trainer and one of TRL's need of each other; a class derives from this and then from TRL's.
 
@@ -193,7 +182,7 @@ class OnlineTrainer(RunTrainer):
         return prompts, None, {}
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with evaluating(self.model):
+        with noise.off(self.model):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _completions(self, rows: Sequence[Mapping[str, Any]], replies: Sequence[list[int]]) -> list[Completion]:
@@ -214,7 +203,7 @@ class OnlineTrainer(RunTrainer):
                 return super()._get_per_token_logps_and_entropies(reference, *args, **kwargs)
         if torch.is_grad_enabled():
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        with evaluating(self.model):
+        with noise.off(self.model):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _prepare_other(self, reference: nn.Module) -> None:
@@ -241,11 +230,6 @@ class OnlineTrainer(RunTrainer):
             return f"rewards_{name.removeprefix('rewards/').removesuffix('/mean')}"
         return _METRICS.get(name)
 
-    def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
-        """Return the mean of each metric over all processes; one that nothing is known of is left out."""
-        totals = self.over_processes([value for pair in sums.values() for value in pair])
-        return {name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums) if totals[2 * n + 1]}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write one line of metrics, to which TRL adds none of its own, such as the time of a step."""
         for metrics in self._metrics.values():
@@ -257,36 +241,24 @@ class OnlineTrainer(RunTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return what rewards say of the replies to the evaluation questions."""
         sums: dict[str, list[float]] = {}
-        samples: list[dict[str, Any]] = []
-        with evaluating(self.model):
+        written: list[dict[str, Any]] = []
+        with noise.off(self.model):
             for name, rows in self.run.rows.evals.items():
-                self._evaluate_set(f"eval_{name}_" if name else "eval_", rows, sums, samples)
-            means = self.means(sums)
-            self.log(dict(means))
-        self._show(samples[: self.stage.num_samples])
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
-        return means
+                written += self._evaluate_set(f"eval_{name}_" if name else "eval_", rows, sums)
+        found = self.evaluated(self.means(sums))
+        show(self.run, self.state.global_step, written[: self.stage.num_samples])
+        return found
 
-    def _evaluate_set(
-        self, prefix: str, rows: Any, sums: dict[str, list[float]], samples: list[dict[str, Any]]
-    ) -> None:
-        """Add what rewards say of this process's share of a set's replies."""
+    def _evaluate_set(self, prefix: str, rows: Any, sums: dict[str, list[float]]) -> list[dict[str, Any]]:
+        """Add what rewards say of this process's share of a set's replies, and return these as samples."""
         run = self.run
         everything, mine = [rows[position] for position in range(len(rows))], slice(run.rank, None, run.world_size)
         with self.accelerator.autocast():
             written = self._evaluator().replies(self.model, everything, rank=run.rank, world_size=run.world_size)
-        judged = self._completions(_questions(everything[mine]), written[mine])
-        total, each = self.rewards(judged)
-        values = {
-            "rewards_mean": total[~torch.stack([*each.values()]).isnan().all(0)],
-            "completion_length": _numbers(len(one.ids) for one in judged),
-            "completions_truncated": _numbers(not one.finished for one in judged),
-        } | {f"rewards_{name}": value[~value.isnan()] for name, value in each.items()}
-        add(sums, {prefix + name: value for name, value in values.items()})
-        samples += [
-            {"prompt": one.prompt[-1]["content"], "reply": one.text, "reward": round(worth, 6)}
-            for one, worth in zip(judged, total.tolist(), strict=True)
-        ]
+        replies = self._completions(_questions(everything[mine]), written[mine])
+        totals, each = self.rewards(replies)
+        add(sums, {prefix + name: values for name, values in verdicts.metrics(replies, totals, each).items()})
+        return verdicts.samples(replies, totals)
 
     def _evaluator(self) -> Generator:
         """Return what writes the replies of an evaluation."""
@@ -297,14 +269,6 @@ class OnlineTrainer(RunTrainer):
         )
         ends = tuple(self.eos_token_ids)
         return Generator(decoding=decoding, budget=run.budget(padded=True), ends=ends, pad_id=run.pad_id)
-
-    def _show(self, samples: list[dict[str, Any]]) -> None:
-        if not (samples and self.run.is_main):
-            return
-        lines = [{"step": self.state.global_step} | sample for sample in samples]
-        for line in lines:
-            record.append_line(self.run.folder / record.SAMPLES, line)
-        events.send("samples", step=self.state.global_step, samples=lines)
 
     # Checkpoints
 
@@ -393,15 +357,6 @@ class PairTrainer(GroupTrainer):
         return -functional.logsigmoid(self.beta * (chosen - rejected))
 
 
-def completion(run: Run, row: Mapping[str, Any], ids: list[int], end_ids: Sequence[int]) -> Completion:
-    """Return a reply as rewards see it."""
-    finished = ids[-1] in end_ids
-    text = run.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
-    return Completion(
-        prompt=row["messages"], answer=row["answer"], text=text, prompt_ids=row["prompt"], ids=ids, finished=finished
-    )
-
-
 def _questions(rows: Sequence[Any]) -> list[dict[str, Any]]:
     """Return rows as TRL's trainer and the rewards read them.
 
@@ -411,14 +366,7 @@ def _questions(rows: Sequence[Any]) -> list[dict[str, Any]]:
     if any("media" in row for row in rows):
         message = "a question has images, videos or sounds, which this stage does not show the model"
         raise ConfigError([Problem("stage", message, "stage=ppo, or questions of text")])
-    return [
-        {"prompt": row["input_ids"].tolist(), "messages": row["extra"]["prompt"], "answer": row["extra"]["answer"]}
-        for row in rows
-    ]
-
-
-def _numbers(values: Any) -> torch.Tensor:
-    return torch.tensor([float(value) for value in values])
+    return [verdicts.asked(row) for row in rows]
 
 
 def _no_checkpointing(arguments_class: Any) -> dict[str, bool]:
@@ -467,10 +415,6 @@ OnlineTrainer_ = TypeVar("OnlineTrainer_", bound=OnlineTrainer)
 
 def build(cls: type[OnlineTrainer_], cfg: Config) -> OnlineTrainer_:
     """Load what a run starts with, and make a trainer of the class that a stage names."""
-    tokenizer = loading.tokenizer(cfg)
-    rows = dataset.load(cfg, tokenizer)
-    model = loading.model(cfg, tokenizer)
-    run = OnlineRun(cfg, rows, tokenizer)
-    generation.refuse_too_long(model, rows.longest, cast(Any, cfg.stage).max_new_tokens)
-    made = cast("type[OnlineTrainer_]", partial(cls, run=run))
-    return training.build(made, cfg.adapter.apply(model, run), run)
+    model, run = training.prepare(cfg, OnlineRun)
+    generation.refuse_too_long(model, run.rows.longest, cast("Online", cfg.stage).max_new_tokens)
+    return training.build(cast("type[OnlineTrainer_]", partial(cls, run=run)), model, run)

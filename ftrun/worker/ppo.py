@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from ftrun import events, record
 from ftrun.completions import Completion
-from ftrun.worker import generation, training
+from ftrun.worker import generation, training, verdicts
 from ftrun.worker.batches import Batch, Collate, model_inputs, num_tokens, padding_collator
 from ftrun.worker.generation import Decoding, Generator
 from ftrun.worker.head import labelled_positions
@@ -37,12 +36,11 @@ from ftrun.worker.losses.policy import (
 from ftrun.worker.reference import Live
 from ftrun.worker.rewarding import Rewards
 from ftrun.worker.rollout import KNOWN, Rollout, RolloutBatches, answered, minibatch, padded, seed_of
+from ftrun.worker.samples import show
 from ftrun.worker.sampling import Budget
 from ftrun.worker.training import Run, RunTrainer, add
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from ftrun_plugins.stage.ppo import PPO
 
 VALUE_HEAD = "value_head.safetensors"
@@ -232,7 +230,7 @@ class PPOTrainer(RunTrainer):
             set_seed(seed)
             replies = self._generator(decoding, len(questions)).replies(self.model, questions) if questions else []
             logps, entropies, values, kl = self._said_of(questions, replies)
-            judged = [self._completion(*pair) for pair in zip(questions, replies, strict=True)]
+            judged = self._completions(questions, replies)
             scores, each = self.rewards(judged)
         metrics = self._judged(judged, scores, each) | self._means({"entropy": entropies})
         lengths = [len(ids) for ids in replies]
@@ -251,18 +249,9 @@ class PPOTrainer(RunTrainer):
             media=self.run.media,
         )
 
-    def _completion(self, question: Any, ids: list[int]) -> Completion:
-        tokenizer = cast("PreTrainedTokenizerBase", self.run.tokenizer)
-        finished = ids[-1] in self.ends
-        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-        return Completion(
-            prompt=question["extra"]["prompt"],
-            answer=question["extra"]["answer"],
-            text=str(text).strip(),
-            prompt_ids=[int(token) for token in question["input_ids"]],
-            ids=ids,
-            finished=finished,
-        )
+    def _completions(self, questions: Sequence[Any], replies: Sequence[list[int]]) -> list[Completion]:
+        pairs = zip(questions, replies, strict=True)
+        return [verdicts.completion(self.run, verdicts.asked(question), ids, self.ends) for question, ids in pairs]
 
     def _said_of(self, questions: Sequence[Any], replies: Sequence[list[int]]) -> list[torch.Tensor]:
         """Return the log-probability, entropy, value and KL of each token of replies, each of shape (N,), on the CPU.
@@ -352,7 +341,7 @@ class PPOTrainer(RunTrainer):
         self, judged: Sequence[Completion], scores: torch.Tensor, each: dict[str, torch.Tensor]
     ) -> dict[str, float]:
         std = Moments.of(scores, self.over_processes).std
-        return self._means(_values_of(judged, scores, each)) | {"rewards_std": std}
+        return self._means(verdicts.metrics(judged, scores, each)) | {"rewards_std": std}
 
     def _explained(self, values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
         """Return how much of the variance of the returns the values foretold: 1 is all, below 0 is worse than none."""
@@ -374,12 +363,6 @@ class PPOTrainer(RunTrainer):
         sums: dict[str, list[float]] = {}
         add(sums, values)
         return self.means(sums)
-
-    def means(self, sums: dict[str, list[float]]) -> dict[str, float]:
-        """Return the mean of each metric over all processes; one that nothing is known of is left out."""
-        totals = self.over_processes([value for pair in sums.values() for value in pair])
-        counted = [(name, totals[2 * n], totals[2 * n + 1]) for n, name in enumerate(sums)]
-        return {name: total / count for name, total, count in counted if count}
 
     # Updates
 
@@ -417,10 +400,9 @@ class PPOTrainer(RunTrainer):
             set_seed(seed_of(self.run.cfg.seed, self.run.rank))
             prefix = f"eval_{name}_" if name else "eval_"
             metrics |= {prefix + key: mean for key, mean in self._evaluated(rows, number, samples).items()}
-        self.log(dict(metrics))
-        self._show(samples[: self.stage.num_samples])
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        found = self.evaluated(metrics)
+        show(self.run, self.state.global_step, samples[: self.stage.num_samples])
+        return found
 
     def _evaluated(self, rows: Any, number: int, samples: list[dict[str, Any]]) -> dict[str, float]:
         """Return the metrics of one evaluation set; each process judges its share of the replies."""
@@ -436,25 +418,14 @@ class PPOTrainer(RunTrainer):
         generator = self._generator(decoding, run.cfg.train.micro_batch_size)
         written = generator.replies(self.model, everything, rank=run.rank, world_size=run.world_size)
         questions, replies = everything[mine], written[mine]
-        judged = [self._completion(*pair) for pair in zip(questions, replies, strict=True)]
+        judged = self._completions(questions, replies)
         scores, each = self.rewards(judged)
         *_, kl = self._said_of(questions, replies)
-        values = _values_of(judged, scores, each)
+        values = verdicts.metrics(judged, scores, each)
         if self.reference:
             values["kl"] = _sums(kl, replies)
-        samples += [
-            {"prompt": one.prompt[-1]["content"], "reply": one.text, "reward": round(worth, 6)}
-            for one, worth in zip(judged, scores.tolist(), strict=True)
-        ]
+        samples += verdicts.samples(judged, scores)
         return self._means(values)
-
-    def _show(self, samples: list[dict[str, Any]]) -> None:
-        if not (samples and self.run.is_main):
-            return
-        lines = [{"step": self.state.global_step} | sample for sample in samples]
-        for line in lines:
-            record.append_line(self.run.folder / record.SAMPLES, line)
-        events.send("samples", step=self.state.global_step, samples=lines)
 
     # Checkpoints
 
@@ -489,18 +460,6 @@ class PPOTrainer(RunTrainer):
 def _places(rows: Sequence[Any]) -> Batch:
     """Return where rows are in their data set."""
     return {"places": torch.tensor([int(row["index"]) for row in rows], dtype=torch.int64)}
-
-
-def _values_of(
-    judged: Sequence[Completion], scores: torch.Tensor, each: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return what is to be averaged over replies."""
-    return {
-        "rewards_mean": scores[~torch.stack([*each.values()]).isnan().all(0)],
-        **{f"rewards_{name}": values[~values.isnan()] for name, values in each.items()},
-        "completion_length": torch.tensor([float(len(one.ids)) for one in judged]),
-        "completions_truncated": torch.tensor([float(not one.finished) for one in judged]),
-    }
 
 
 def _sums(values: torch.Tensor, replies: Sequence[list[int]]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ftrun.config import Config
 from ftrun.record import Result
 from ftrun.worker import logprobs, reference, training
-from ftrun.worker.batches import Batch, is_flat
+from ftrun.worker.batches import Batch
 from ftrun.worker.losses.pairs import LOSSES, PairLoss, Pairs, RunningMean, among, chosen_nll, joined
 from ftrun.worker.training import RunTrainer
 
@@ -162,18 +162,12 @@ class PreferenceTrainer(RunTrainer):
         means: dict[str, float] = {}
         for name, rows in self.run.rows.evals.items():
             with torch.no_grad(), self.accelerator.autocast():
-                parts = [self._pairs(self.model, batch, name) for batch in self._batches_of(rows)]
+                parts = [self._pairs(self.model, batch, name) for batch in self.batches_in_file_order(rows)]
                 pairs = joined(self._of_all_processes(parts))
                 found = {"loss": self._losses(pairs)} | metrics_of(pairs)
             prefix = f"eval_{name}_" if name else "eval_"
             means |= {prefix + metric: float(values.mean()) for metric, values in found.items()}
-        self.log(dict(means))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
-        return means
-
-    def _batches_of(self, rows: Any) -> Iterator[Batch]:
-        for pairs in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
-            yield self.on_device(self.collate(pairs))
+        return self.evaluated(means)
 
 
 def rewards_of(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from ftrun import events
 from ftrun.anchor import Anchored, Reference, of_reference
 from ftrun.errors import ConfigError, Problem
 from ftrun.model import identity
-from ftrun.worker import loading, parameters, sampling
+from ftrun.worker import loading, noise, parameters, sampling
 from ftrun.worker.batches import Batch, is_flat
 from ftrun.worker.head import Head
 
@@ -146,14 +146,9 @@ class Live:
 @contextlib.contextmanager
 def _called(trainer: RunTrainer, model: nn.Module, *, adapter_off: bool) -> Iterator[None]:
     """While inside, have a model compute without dropout and gradients, in the run's precision."""
-    was_training = model.training
-    model.eval()
-    try:
-        off = trainer.model.disable_adapter() if adapter_off else contextlib.nullcontext()
-        with torch.no_grad(), trainer.accelerator.autocast(), off:
-            yield
-    finally:
-        model.train(was_training)
+    off = trainer.model.disable_adapter() if adapter_off else contextlib.nullcontext()
+    with noise.off(model), torch.no_grad(), trainer.accelerator.autocast(), off:
+        yield
 
 
 def _other_model(trainer: RunTrainer) -> PreTrainedModel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -44,9 +45,17 @@ class Samples(TrainerCallback):
         written = self._generator.replies(model, [{"input_ids": ids} for ids in self._prompt_ids])
         texts = [self._generator.text(self.run.tokenizer, ids) for ids in written]
         lines = [
-            {"step": state.global_step, "prompt": prompt.messages[-1]["content"], "reply": text}
+            {"prompt": prompt.messages[-1]["content"], "reply": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
-        for line in lines:
-            record.append_line(self.run.folder / record.SAMPLES, line)
-        events.send("samples", step=state.global_step, samples=lines)
+        show(self.run, state.global_step, lines)
+
+
+def show(run: Run, step: int, samples: Sequence[dict[str, Any]]) -> None:
+    """Write replies, of the first process, to the run's folder and to the screen."""
+    if not (samples and run.is_main):
+        return
+    lines = [{"step": step} | sample for sample in samples]
+    for line in lines:
+        record.append_line(run.folder / record.SAMPLES, line)
+    events.send("samples", step=step, samples=lines)

@@ -18,6 +18,7 @@ from torch import nn
 from ftrun import events
 from ftrun.errors import ConfigError, Problem
 from ftrun.worker.batches import Batch, model_inputs
+from ftrun.worker.head import intercepted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,28 +65,20 @@ class ScoreHead:
     @contextlib.contextmanager
     def _asked(self, ask: Callable[[torch.Tensor], None]) -> Iterator[None]:
         """While inside, have ``ask`` see what the model gives its head, of shape (B, T, H); it may call the head."""
-        inside = False
 
-        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-            nonlocal inside
-            if inside:
-                return None
-            inside = True
-            try:
-                ask(arguments[0])
-            finally:
-                inside = False
-            return (arguments[0].detach().float(),)  # for what the model itself makes of it, which nobody reads
+        def change(hidden: torch.Tensor) -> torch.Tensor:
+            ask(hidden)
+            return hidden.detach().float()  # for what the model itself makes of it, which nobody reads
 
         config: Any = self.plain.config
-        config, handle = config.get_text_config(), self._module.register_forward_pre_hook(hook)
+        config = config.get_text_config()
         pad_id = config.pad_token_id
         config.pad_token_id = pad_id or 0  # without one, the model would take no batches
         try:
-            yield
+            with intercepted(self._module, change):
+                yield
         finally:
             config.pad_token_id = pad_id
-            handle.remove()
 
 
 def last_tokens(batch: Batch) -> torch.Tensor:

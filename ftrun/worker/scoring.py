@@ -18,7 +18,7 @@ from ftrun import record
 from ftrun.errors import ConfigError, Problem
 from ftrun.model import Model, locate
 from ftrun.worker import loading, score_head
-from ftrun.worker.batches import Batch, Collate, is_flat, model_inputs, pad
+from ftrun.worker.batches import Batch, Collate, model_inputs, pad
 from ftrun.worker.losses.ranking import bradley_terry, centering
 from ftrun.worker.score_head import ScoreHead
 from ftrun.worker.training import Run, RunTrainer, add
@@ -124,10 +124,7 @@ class RewardTrainer(RunTrainer):
                 total[0] += float((losses * shares).sum())
                 total[1] += float(shares.sum())
                 add(sums, {prefix + metric: values for metric, values in metrics.items()})
-        means = self.means(sums)
-        self.log(dict(means))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
-        return means
+        return self.evaluated(self.means(sums))
 
     def predict_scores(self) -> None:
         """Write the scores of all evaluation pairs to ``predictions.jsonl``. Every process must call it."""
@@ -150,8 +147,7 @@ class RewardTrainer(RunTrainer):
         """Yield this process's share of a data set, to be computed without gradients and dropout."""
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            for pairs in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
-                yield self.on_device(self.collate(pairs))
+            yield from self.batches_in_file_order(rows)
 
 
 def needs_evals(run: Run) -> None:

@@ -196,6 +196,17 @@ class RunTrainer(Trainer):
 
         return take_back
 
+    def evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Log what an evaluation found, tell the callbacks, and return it."""
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def batches_in_file_order(self, rows: Any) -> Iterator[Batch]:
+        """Yield this process's share of a data set in batches of training's kind, on its device."""
+        for found in self.run.in_file_order(rows, padded=not is_flat(self.run.cfg)):
+            yield self.on_device(self.collate(found))
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and let training draw afterwards what it would have drawn without."""
         with own_randomness(self.args.device):

@@ -13,19 +13,13 @@ import pytest
 
 from ftrun import config, plugin, record
 from ftrun.errors import ConfigError
+from tests.ended import comparable, cut_off
 
 TINY = ("model=tiny", "train.log_every=1", "train.micro_batch_size=2", "train.warmup=0", "stage.num_samples=0")
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def comparable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
-        for line in record.read_lines(folder / record.METRICS)
-    ]
 
 
 def weights(folder: Path) -> bytes:
@@ -37,12 +31,7 @@ def cut_off_after(whole: Path, step: int) -> Path:
     """Return a copy of a run as a kill after a step would have left it."""
     copy = whole.with_name(f"{whole.name}_from{step}")
     shutil.copytree(whole, copy)
-    shutil.rmtree(copy / "model")
-    for checkpoint in record.checkpoints(copy):
-        if record.step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
-    result = json.loads((copy / "result.json").read_text())
-    (copy / "result.json").write_text(json.dumps(result | {"status": "interrupted", "holder": None}))
+    cut_off(copy, step)
     return copy
 
 

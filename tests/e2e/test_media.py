@@ -13,6 +13,7 @@ import pytest
 
 from ftrun import record
 from tests import vision_models
+from tests.ended import comparable, weights
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -78,18 +79,6 @@ def test_other_families_learn_too(ftrun, rows, tmp_path, family):
     vision_models.IMAGES[family](tmp_path / "model")
     done = ftrun(*RUN, f"model.path={tmp_path / 'model'}", "data.max_length=256").sees(0)
     assert done.losses[-1] < 0.6 * done.losses[0]
-
-
-def comparable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
-        for line in record.read_lines(folder / record.METRICS)
-    ]
-
-
-def weights(folder: Path) -> bytes:
-    (file,) = (folder / "model").glob("*.safetensors")
-    return file.read_bytes()
 
 
 def test_resumed_with_images_equals_uninterrupted(ftrun, model, rows):

@@ -125,6 +125,7 @@ class Liked(Stage):
 class Asked(Stage):
     """Trains on questions."""
     rows: ClassVar[str] = "questions"
+    default_reward: ClassVar[str] = "exact"
     reads: ClassVar[tuple[str, ...]] = ("model.*", "template.*", "data.*", "train.*")
     name: str = "asked"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ftrun import record
+from tests.ended import comparable, cut_off, weights
 
 # Dropout, so that the state of the random generator counts; accumulation and a log interval that saves fall between;
 # an epoch of 6 steps, so that the resumed steps lie in the second and third.
@@ -20,18 +21,6 @@ RUN = (
     "model=tiny", "data.rows=24", "train.micro_batch_size=2", "train.grad_accumulation=2", "train.max_steps=16",
     "train.log_every=3", "train.eval_every=5", "train.neftune=5", "optimizer.weight_decay=0.1", "optimizer.lr=1e-2",
 )  # fmt: skip
-
-
-def comparable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
-        for line in record.read_lines(folder / record.METRICS)
-    ]
-
-
-def weights(folder: Path) -> bytes:
-    (file,) = (folder / "model").glob("*.safetensors")
-    return file.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -51,11 +40,8 @@ def test_resumed_from_any_checkpoint_equals_uninterrupted(ftrun, stage, adapter)
 
 def _make_it_look_killed(folder: Path, step: int) -> None:
     """Leave a run as a kill after ``step`` would have: later checkpoints gone, one half written, a torn line."""
-    for checkpoint in record.checkpoints(folder):
-        if record.step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
+    cut_off(folder, step)
     (folder / "checkpoints" / "checkpoint-99").mkdir()
-    shutil.rmtree(folder / "model")
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 17, "lo')
     result = json.loads((folder / "result.json").read_text())

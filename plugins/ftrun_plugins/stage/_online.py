@@ -13,6 +13,7 @@ from ftrun.errors import Problem
 from ftrun.fields import ranged
 from ftrun.plugin import Stage
 from ftrun.train import Train
+from ftrun_plugins.stage._rewarded import check_direction
 
 if TYPE_CHECKING:
     from ftrun.config import Config
@@ -93,31 +94,14 @@ class Online(Anchored, Stage):
             },
         }  # fmt: skip
 
-    def check_files(self, cfg: Config) -> Iterator[Problem]:
-        """Yield what is wrong with a reference that is another model, as far as this machine's disk can tell."""
-        yield from self.check_reference_files(cfg)
-
-    def settle(self, cfg: Config) -> None:
-        """Settle, in place, where the files of a reference that is another model are.
-
-        Raises:
-            ConfigError: They are nowhere to be found.
-        """
-        self.settle_reference(cfg)
-
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield a reference that is none, an objective that points down, and batches of no whole groups."""
-        from ftrun.config import ObjectiveMode
-
         yield from self.check_reference(cfg, can_precompute=False)
         if not self.beta and self.reference is not Reference.auto:
             yield Problem(
                 "stage.reference", "stage.beta=0 compares with none", "stage.beta= more than 0, or without it"
             )
-        objective = cfg.objective or self.metrics[0]
-        if cfg.train.judged_by_evaluation and "rewards" in objective and cfg.objective_mode is ObjectiveMode.min:
-            message = f"{cfg.train.judged_by_evaluation[0]} goes by {objective}, of which it would look for the lowest"
-            yield Problem("objective_mode", message, "objective_mode=max")
+        yield from check_direction(cfg)
         yield from self._check_batches(cfg)
 
     def _check_batches(self, cfg: Config) -> Iterator[Problem]:

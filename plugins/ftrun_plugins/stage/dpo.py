@@ -95,14 +95,6 @@ class DPO(Anchored, PairStage):
             yield Problem("stage.discopop_tau", f"stage.loss={self.loss} does not read it", "stage.loss=discopop")
         yield from self.check_reference(cfg, can_precompute=True)
 
-    def check_files(self, cfg: Config) -> Iterator[Problem]:
-        """Yield what is wrong with another reference model's files."""
-        yield from self.check_reference_files(cfg)
-
-    def settle(self, cfg: Config) -> None:
-        """Settle where the reference is."""
-        self.settle_reference(cfg)
-
     def run(self, cfg: Config) -> Result:
         """Load, encode, note what the reference thinks, train, and say how it went."""
         from ftrun.worker import preference

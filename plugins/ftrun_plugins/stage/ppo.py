@@ -13,6 +13,7 @@ from ftrun.errors import Problem
 from ftrun.fields import ranged
 from ftrun.plugin import Stage, register
 from ftrun.train import Train
+from ftrun_plugins.stage._rewarded import check_direction
 
 if TYPE_CHECKING:
     from ftrun.config import Config
@@ -144,18 +145,7 @@ class PPO(Anchored, Stage):
         elif self.kl_target is None and self.kl_horizon != type(self).kl_horizon:
             message = "the weight of the KL is fixed, so nothing reads it"
             yield Problem("stage.kl_horizon", message, "stage.kl_target=6, for example, or leave it out")
-        objective = cfg.objective or self.metrics[0]
-        if cfg.train.judged_by_evaluation and "rewards" in objective and cfg.objective_mode.value == "min":
-            message = f"{cfg.train.judged_by_evaluation[0]} goes by {objective}, of which it would look for the lowest"
-            yield Problem("objective_mode", message, "objective_mode=max")
-
-    def check_files(self, cfg: Config) -> Iterator[Problem]:
-        """Yield what is wrong with the files of the reference, if it is another model."""
-        yield from self.check_reference_files(cfg)
-
-    def settle(self, cfg: Config) -> None:
-        """Settle where the files of the reference are, if it is another model."""
-        self.settle_reference(cfg)
+        yield from check_direction(cfg)
 
     def _without_kl(self) -> Iterator[Problem]:
         """Yield what is set and only matters with a KL."""

@@ -145,14 +145,6 @@ class SFT(Anchored, Stage):
                 yield from self._unread((name,), f"stage.loss={self.loss} does not read it", f"stage.loss={loss}")
         yield from self.check_reference(cfg, can_precompute=False)
 
-    def check_files(self, cfg: Config) -> Iterator[Problem]:
-        """Yield what is wrong with another reference model's files."""
-        yield from self.check_reference_files(cfg)
-
-    def settle(self, cfg: Config) -> None:
-        """Settle where the reference is."""
-        self.settle_reference(cfg)
-
     def _unread(self, names: Sequence[str], message: str, fix: str) -> Iterator[Problem]:
         for name in names:
             if getattr(self, name) != getattr(type(self), name):

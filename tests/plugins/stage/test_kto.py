@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ftrun import record
 from ftrun.data.tokens import IGNORED
+from tests.ended import comparable, weights
 
 SMALL = ("stage=kto", "model=tiny", "data.rows=16", "train.log_every=1", "optimizer.lr=1e-2", "adapter=full")
 TWO = [
@@ -112,18 +112,6 @@ def test_before_the_first_step_every_reply_counts_half(ftrun, where):
     evaluated, step = done.metrics[0], done.metrics[1]
     assert step["loss"] == evaluated["eval_loss"] == pytest.approx(0.5, abs=1e-5)
     assert evaluated["eval_kl"] == pytest.approx(0.0, abs=1e-4)
-
-
-def comparable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
-        for line in record.read_lines(folder / record.METRICS)
-    ]
-
-
-def weights(folder: Path) -> bytes:
-    (file,) = (folder / "model").glob("*.safetensors")
-    return file.read_bytes()
 
 
 def test_what_is_resumed_goes_on_as_if_nothing_had_been(ftrun):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from ftrun import record
+from tests.ended import comparable, cut_off, weights
 
 REWARD = '''
 from dataclasses import dataclass
@@ -72,17 +71,6 @@ RESUMED = (
 )  # fmt: skip
 
 
-def comparable(folder: Path) -> list[dict[str, float]]:
-    left_out = ("time", "tokens_per_second")
-    lines = record.read_lines(folder / record.METRICS)
-    return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
-
-
-def weights(folder: Path) -> bytes:
-    (file,) = (folder / "model").glob("*.safetensors")
-    return file.read_bytes()
-
-
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
@@ -96,19 +84,10 @@ def test_resumed_within_a_batch_of_replies_equals_uninterrupted(ftrun, stage, ad
     for step in (5, 8):  # within a batch of replies; at its end and the epoch's
         copy = whole.folder.with_name(f"from{step}")
         shutil.copytree(whole.folder, copy)
-        look_killed(copy, step)
+        cut_off(copy, step)
         ftrun("resume", copy.name).sees(0)
         assert comparable(copy) == comparable(whole.folder), step
         assert weights(copy) == weights(whole.folder), step
-
-
-def look_killed(folder: Path, step: int) -> None:
-    for checkpoint in record.checkpoints(folder):
-        if record.step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "model")
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"status": "interrupted"}))
 
 
 @pytest.mark.slow
@@ -117,7 +96,7 @@ def test_two_processes_share_groups_and_resume(ftrun):
     whole = ftrun("stage=grpo", *SMALL, *RESUMED, *two).sees(0)
     copy = whole.folder.with_name("copy")
     shutil.copytree(whole.folder, copy)
-    look_killed(copy, 3)
+    cut_off(copy, 3)
     ftrun("resume", copy.name).sees(0)
     assert comparable(copy) == comparable(whole.folder)
     assert weights(copy) == weights(whole.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ftrun import record
+from tests.ended import comparable, cut_off
 
 REWARD = '''
 import random
@@ -125,27 +125,11 @@ RESUMED = (
 )  # fmt: skip
 
 
-def comparable(folder: Path) -> list[dict[str, float]]:
-    left_out = ("time", "tokens_per_second")
-    lines = record.read_lines(folder / record.METRICS)
-    return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
-
-
 def weights(folder: Path) -> list[bytes]:
     return [
         next((folder / "model").glob("*.safetensors")).read_bytes(),
         (folder / "value_head.safetensors").read_bytes(),
     ]
-
-
-def make_it_look_killed(folder: Path, step: int) -> None:
-    for checkpoint in record.checkpoints(folder):
-        if record.step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "model")
-    (folder / "value_head.safetensors").unlink()
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"status": "interrupted", "holder": None}))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +146,8 @@ def test_resumed_from_any_checkpoint_equals_uninterrupted(ftrun, keys):
     for step in (1, 7, 12):  # early and late within a rollout, and at the end of one and of an epoch
         copy = whole.folder.with_name(f"from{step}")
         shutil.copytree(whole.folder, copy)
-        make_it_look_killed(copy, step)
+        cut_off(copy, step)
+        (copy / "value_head.safetensors").unlink()
         ftrun("resume", copy.name).sees(0)
         assert comparable(copy) == comparable(whole.folder), step
         assert weights(copy) == weights(whole.folder), step

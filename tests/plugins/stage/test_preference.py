@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun import model, record
+from ftrun import model
 from ftrun.worker import batches, preference
 from ftrun.worker.losses.pairs import LOSSES
 from ftrun_plugins.stage import dpo
+from tests.ended import comparable, cut_off
 
 SMALL = ("model=tiny", "data.rows=16", "train.micro_batch_size=4", "train.log_every=1", "optimizer.lr=1e-2")
 LN2 = math.log(2)
@@ -120,13 +120,6 @@ def test_losses_that_look_at_other_pairs_look_at_the_whole_step(ftrun, words):
     assert found[2] == pytest.approx(found[0], abs=1e-5)
 
 
-def comparable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "tokens_per_second")}
-        for line in record.read_lines(folder / record.METRICS)
-    ]
-
-
 @pytest.mark.parametrize("loss", ["bco", "sigmoid"])
 def test_what_is_resumed_goes_on_as_if_nothing_had_been(ftrun, loss):
     words = (
@@ -136,10 +129,7 @@ def test_what_is_resumed_goes_on_as_if_nothing_had_been(ftrun, loss):
     )  # fmt: skip
     whole = ftrun(*words).sees(0)
     other = ftrun(*words, "output_dir=two").sees(0)
-    shutil.rmtree(other.folder / "checkpoints" / "step-6")
-    shutil.rmtree(other.folder / "model")
-    result = json.loads((other.folder / "result.json").read_text())
-    (other.folder / "result.json").write_text(json.dumps(result | {"status": "interrupted"}))
+    cut_off(other.folder, 3)
     ftrun("resume", "two").sees(0)
     assert comparable(other.folder) == comparable(whole.folder)
 
