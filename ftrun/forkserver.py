@@ -35,8 +35,8 @@ VARIABLE = "FTRUN_FORK_SERVER"
 PRELOADED = (
     "torch", "torch.distributed", "torch.utils.data", "transformers", "transformers.trainer", "transformers.generation",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "matplotlib.pyplot",
-    "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer",
+    "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer",
     "ftrun.worker.main", "ftrun.worker.training", "ftrun.worker.preference", "ftrun.worker.samples",
 )  # fmt: skip
 """What a worker is likely to import."""
