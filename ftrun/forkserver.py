@@ -13,6 +13,7 @@ does.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -108,6 +109,7 @@ def serve(address: str) -> None:
     parent = os.getppid()
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # or each worker's collector would look through all of that, and copy its pages
     server = _Server(address)
     while os.getppid() == parent:
         server.turn()
