@@ -22,11 +22,12 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
@@ -177,6 +178,23 @@ class Quant(Plugin):
 
 
 @dataclass(kw_only=True)
+class WeightGroup:
+    """Weights with a rate or a decay of their own."""
+
+    weights: str = MISSING
+    """A regular expression that is found in their names: ``embed_tokens``, ``layers\\.[01]\\.``, ``lora_B``."""
+
+    lr: float | None = ranged(None, gt=0)
+    """Their peak learning rate. Default: as without the group."""
+
+    lr_scale: float = ranged(1.0, gt=0)
+    """What their rate is multiplied by."""
+
+    weight_decay: float | None = ranged(None, ge=0)
+    """Their weight decay, of norms and biases among them too. Default: as without the group."""
+
+
+@dataclass(kw_only=True)
 class Optimizer(Plugin):
     """How a gradient becomes a step."""
 
@@ -184,11 +202,34 @@ class Optimizer(Plugin):
     lr_scale: ClassVar[float] = 1.0
     """How the default learning rate compares with AdamW's."""
 
+    skips_weights: ClassVar[bool] = False
+    """Whether some of the weights that train have no gradient in some steps."""
+
     lr: float | None = ranged(None, gt=0)
     """Peak learning rate. Default: what suits the stage and the adapter (``ftrun show`` prints it)."""
 
     weight_decay: float = ranged(0.0, ge=0)
     """Decoupled weight decay, of matrices only: norms and biases never decay."""
+
+    embedding_lr: float | None = ranged(None, gt=0)
+    """Peak learning rate of embeddings, and of a head that shares their weights. Default: ``optimizer.lr``."""
+
+    groups: list[WeightGroup] = field(default_factory=list)
+    """Weights with a rate or decay of their own: ``[{weights: layers.0, lr_scale: 0.1}]``. The first fit counts."""
+
+    def check(self, cfg: Config) -> Iterator[Problem]:
+        """Yield the groups that cannot be."""
+        for number, group in enumerate(self.groups):
+            key = f"optimizer.groups.{number}"
+            if group.weights in ("", MISSING):
+                yield Problem(f"{key}.weights", "has no value", "weights: a part of the weights' names")
+                continue
+            try:
+                re.compile(group.weights)
+            except re.error as error:
+                yield Problem(f"{key}.weights", f"is no regular expression: {error}", "weights: lora_B, for example")
+            if group == WeightGroup(weights=group.weights):
+                yield Problem(key, "sets nothing for its weights", "lr, lr_scale or weight_decay in it")
 
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         """Return an optimizer over the weights of ``model`` that train."""
@@ -270,11 +311,11 @@ def register(cls: P) -> P:
         raise PluginError(f"{where} is no plugin: derive it from one of {', '.join(b.__name__ for b in bases)}")
     if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{where} is no dataclass: write @dataclass(kw_only=True) below @register")
-    for field in cls.__dataclass_fields__.values():
-        if field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT:
+    for key in cls.__dataclass_fields__.values():
+        if key.default is NO_DEFAULT and key.default_factory is NO_DEFAULT:
             why = "for a value that has to be typed, write `= MISSING` (from ftrun.fields)"
-            raise PluginError(f"{where}: the field {field.name} has no default; {why}")
-    if cls.group in KEYED and (keys := {field.name for field in fields(cls)} - {"name"}):
+            raise PluginError(f"{where}: the field {key.name} has no default; {why}")
+    if cls.group in KEYED and (keys := {key.name for key in fields(cls)} - {"name"}):
         why = f"{_typed(cls.group)}= chooses it by its name, and nothing could set a key of it"
         raise PluginError(f"{where} has the field {min(keys)}: {why}; make it a ClassVar")
     name = str(cls.__dataclass_fields__["name"].default)

@@ -49,7 +49,7 @@ def arguments(run: Run, model: nn.Module | None = None) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",
         "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": run.cfg.optimizer.skips_weights,
         "ignore_data_skip": run.cfg.data.streaming,  # a stream goes on by itself where it was
     }
 

@@ -48,6 +48,7 @@ from ftrun.worker.conduct import Conduct
 from ftrun.worker.guard import Guard
 from ftrun.worker.head import Head
 from ftrun.worker.media import processor
+from ftrun.worker.optim.ruled import Layerwise
 from ftrun.worker.stream import Stream
 
 if TYPE_CHECKING:
@@ -182,9 +183,15 @@ class RunTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the step's gradient, which the guard sees too."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        layerwise = self._layerwise
+        norm = layerwise.norm if layerwise else super()._get_grad_norm(model, grad_norm=grad_norm)
         self.guard.see_norm(norm)
         return norm
+
+    @property
+    def _layerwise(self) -> Layerwise | None:
+        """What has used the gradients up in the backward pass, if anything has."""
+        return getattr(getattr(self.optimizer, "optimizer", self.optimizer), "layerwise", None)
 
     def remember(self) -> Callable[[], None]:
         """Return what takes back the metrics of the step that begins now."""

@@ -49,9 +49,9 @@ class PlainSGD(Optimizer):
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         from torch.optim import SGD
 
-        from ftrun.worker.parameters import decay_groups
+        from ftrun.worker.parameters import groups
 
-        return SGD(decay_groups(model, self.weight_decay), lr=self.lr, momentum=self.momentum)
+        return SGD(groups(model, self), lr=self.lr, momentum=self.momentum)
 '''.lstrip()
 
 
