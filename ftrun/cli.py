@@ -104,8 +104,12 @@ def _check(words: list[str]) -> int:
 
         console.print(f"[green]no problems[/] in {len(sweep.check(multirun))} runs")
         return 0
-    launch.check(words)
+    cfg = launch.check([word for word in words if word != _QUICK])
     console.print("[green]no problems[/]")
+    if _QUICK not in words:
+        from ftrun import weights
+
+        weights.show(cfg)
     return 0
 
 
@@ -221,6 +225,10 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "completion": _completion,
     "__complete": _complete,
 }
+
+
+_QUICK = "--quick"
+"""Has ``ftrun check`` leave out what needs torch."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -97,7 +97,7 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
 def _words(before: Sequence[str], last: str) -> Iterator[str]:
     key, equals, _ = last.partition("=")
     if last.startswith("-"):
-        yield from (*options.FLAGS, "-h", "-m")
+        yield from (*options.FLAGS, "-h", "-m", *(["--quick"] if before[:1] == ["check"] else []))
     elif key == "sweep" and ("-m" in before or "--multirun" in before):
         yield from (f"sweep={name}" for name in options.sweeps())
     elif equals and key in options.GROUPS:

@@ -18,6 +18,7 @@ import io
 import math
 import subprocess
 import sys
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +31,7 @@ from ftrun.completions import Completion
 from ftrun.config import Config
 from ftrun.data import formats
 from ftrun.data.rows import BadRow, Row
+from ftrun.errors import ConfigError
 from ftrun.plugin import Plugin
 
 if TYPE_CHECKING:
@@ -121,6 +123,19 @@ class OptimizerSuite(PluginSuite):
     lr: ClassVar[float] = 1e-2
     """A learning rate at which fifty steps visibly lower the loss of a small model."""
 
+    adapter: ClassVar[str] = "full"
+    """One that it works with."""
+
+    some_weights: ClassVar[str] = "layers.0"
+    """A pattern that is found in the names of some of the weights that train."""
+
+    others: ClassVar[dict[str, list[Any]]] = {}
+    """Other values of its keys, of which each changes ten steps; for what is no number, switch or choice, or needs more
+    than to be doubled or halved."""
+
+    rounding: ClassVar[float] = 0.0
+    """By how much a step in the backward pass may differ, where weights that are updated together are computed so."""
+
     def test_lowers_the_loss(self, tmp_path: Path) -> None:
         """Fifty steps on the same rows."""
         model, run, optimizer = self._made(tmp_path)
@@ -135,7 +150,7 @@ class OptimizerSuite(PluginSuite):
             group["lr"] = 0.0
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         _steps(model, run, optimizer, 2)
-        assert all(bool((weight == before[name]).all()) for name, weight in model.state_dict().items())
+        assert _same(model.state_dict(), before)
 
     def test_decays_matrices_and_nothing_else(self, tmp_path: Path) -> None:
         """Weight decay alone, without a gradient, shrinks matrices and leaves norms and biases alone."""
@@ -146,34 +161,104 @@ class OptimizerSuite(PluginSuite):
             parameter.grad = parameter.detach() * 0
         optimizer.step()
         for name, weight in model.named_parameters():
-            if weight.ndim < 2:
+            if not weight.requires_grad or weight.ndim < 2:
                 assert bool((weight == before[name]).all()), name
             else:
                 assert bool((weight.abs() <= before[name].abs()).all()), name
-                assert float(weight.norm()) < float(before[name].norm()), name
+                assert float(weight.detach().norm()) < float(before[name].norm()), name
 
-    def test_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("words", [(), ("model.dtype=bfloat16", "train.precision=bf16"), ("adapter=lora",)])
+    def test_resumes_bit_for_bit(self, words: tuple[str, ...], tmp_path: Path) -> None:
         """Five steps, save, load, five steps: the same as ten; the state loads with ``weights_only``."""
         import torch
 
-        model, run, optimizer = self._made(tmp_path)
+        model, run, optimizer = self._made(tmp_path, *words)
         _steps(model, run, optimizer, 5)
         saved = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
         _steps(model, run, optimizer, 5, first=5)
         saved.seek(0)
         state = torch.load(saved, weights_only=True)
-        again = _small_model(run)
+        again = self._model(run)
         resumed = self._optimizer(run, again)
         again.load_state_dict(state["model"])
         resumed.load_state_dict(state["optimizer"])
         _steps(again, run, resumed, 5, first=5)
         assert _equal(model, again)
 
-    def _made(self, folder: Path) -> tuple[PreTrainedModel, Run, torch.optim.Optimizer]:
+    def test_every_key_does_something(self, tmp_path: Path) -> None:
+        """Another value of any key gives other weights after ten steps, or is refused."""
+        run = self._run(tmp_path)
+        usual, idle = self._weights_after(run, {}), []
+        for key in dataclasses.fields(self.cls):
+            for value in self._others(key, getattr(run.cfg.optimizer, key.name)):
+                changed = {key.name: value}
+                if not self._refused(run, changed) and _same(self._weights_after(run, changed), usual):
+                    idle.append(f"{key.name}={value}")
+        assert not idle
+
+    def test_takes_the_same_steps_in_the_backward_pass(self, tmp_path: Path) -> None:
+        """With ``layerwise`` no gradient is left after the backward pass, and the steps are the same."""
+        if "layerwise" not in self.cls.__dataclass_fields__:
+            pytest.skip(f"{self.option} has no key layerwise")
+        run = self._run(tmp_path, "train.max_grad_norm=0")
+        assert _same(self._weights_after(run, {"layerwise": True}), self._weights_after(run, {}), within=self.rounding)
+        model = self._model(run)
+        self._optimizer(run, model, layerwise=True)
+        model(**run.batches(1)[0]).loss.backward()
+        assert all(weight.grad is None for weight in model.parameters())
+
+    def _others(self, key: dataclasses.Field[Any], value: Any) -> list[Any]:
+        """Return other values of a key, of which each must make a difference."""
+        from ftrun.plugin import WeightGroup
+
+        known = {
+            "name": [],
+            "layerwise": [],
+            "embedding_lr": [self.lr / 2],
+            "groups": [[WeightGroup(weights=self.some_weights, lr_scale=0.5)]],
+            "eps": [1e-2],
+            **self.others,
+        }
+        if key.name in known:
+            return known[key.name]
+        if isinstance(value, bool):
+            return [not value]
+        if isinstance(value, Enum):
+            return [other for other in type(value) if other is not value]
+        if isinstance(value, int | float):
+            return [type(value)(value * 2) if value >= 1 else value / 2 or 0.5]
+        raise AssertionError(f"another value of {key.name} must be named in `others`")
+
+    def _refused(self, run: Run, changed: dict[str, Any]) -> bool:
+        cfg = copy.deepcopy(run.cfg)
+        cfg.optimizer = dataclasses.replace(cfg.optimizer, **changed)
+        try:
+            cfg.optimizer.settle(cfg)
+        except ConfigError:
+            return True
+        return bool([*cfg.optimizer.check(cfg), *fields.out_of_range(cfg.optimizer)])
+
+    def _weights_after(self, run: Run, changed: dict[str, Any]) -> dict[str, torch.Tensor]:
+        model = self._model(run)
+        _steps(model, run, self._optimizer(run, model, **changed), 10)
+        return model.state_dict()
+
+    def _run(self, folder: Path, *words: str) -> Run:
+        """Return a small run, unless the option does not go with the words, or its packages are missing."""
         self._needs_its_packages()
-        run = _small_run(folder, [*self.words, "adapter=full", f"optimizer.lr={self.lr}"])
-        model = _small_model(run)
+        typed = [*self.words, f"adapter={self.adapter}", f"optimizer.lr={self.lr}", *words]
+        _, problems = config.examine(typed)
+        if words and problems:
+            pytest.skip(str(problems[0]))
+        return _small_run(folder, typed)
+
+    def _model(self, run: Run) -> nn.Module:
+        return run.cfg.adapter.apply(_small_model(run), run)
+
+    def _made(self, folder: Path, *words: str) -> tuple[nn.Module, Run, torch.optim.Optimizer]:
+        run = self._run(folder, *words)
+        model = self._model(run)
         return model, run, self._optimizer(run, model)
 
     def _optimizer(self, run: Run, model: nn.Module, **changed: Any) -> torch.optim.Optimizer:
@@ -429,5 +514,8 @@ def _steps(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, count: 
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
-    others = other.state_dict()
-    return all(bool((weight == others[name]).all()) for name, weight in one.state_dict().items())
+    return _same(one.state_dict(), other.state_dict())
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], within: float = 0.0) -> bool:
+    return all(float((weight - other[name]).abs().max()) <= within for name, weight in one.items())

@@ -136,3 +136,12 @@ def near(path: Path, root: Path | None = None) -> str:
     """Return a path as seen from the working folder, or from ``root``, where that is shorter."""
     root = root or Path.cwd()
     return str(path.relative_to(root)) if path.is_relative_to(root) and path != root else str(path)
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -25,7 +25,7 @@ _COMMANDS = {
     "ftrun -m [KEY=VALUE,VALUE ...]": "a run for each combination of the values, one after another",
     "ftrun list [GROUP[=OPTION]]": "the groups, a group's options, or an option's keys",
     "ftrun show [KEY=VALUE ...]": "the whole config as YAML, every default written out; runs nothing",
-    "ftrun check [KEY=VALUE ...]": "everything that is wrong with a run, before it starts",
+    "ftrun check [KEY=VALUE ...]": "all that is wrong with a run, before it starts; the groups of weights",
     "ftrun preview [KEY=VALUE ...]": "rows as they will be trained on: what is masked, cut, skipped",
     "ftrun prepare [KEY=VALUE ...]": "fetch the model and tokenise the rows ahead of a run",
     "ftrun cache": "the tokenised rows that are kept, and deleting them",

@@ -152,6 +152,9 @@ class Adapter(Plugin):
     trains_base_weights: ClassVar[bool] = False
     """Whether weights of the model itself train, rather than new ones beside them."""
 
+    two_factors: ClassVar[bool] = False
+    """Whether the new weights are pairs of factors A and B, named ``lora_A`` and ``lora_B``, of which B starts at 0."""
+
     @property
     def off_is_start(self) -> bool:
         """Whether the model with the adapter switched off (peft's ``disable_adapter``) is what the run starts from."""
@@ -160,6 +163,10 @@ class Adapter(Plugin):
     def apply(self, model: nn.Module, run: Run) -> nn.Module:
         """Return ``model`` with exactly the weights that train set to ``requires_grad``."""
         raise NotImplementedError
+
+    def outline(self, model: nn.Module, run: Run) -> nn.Module:
+        """Do what `apply` does to a model without weights, on the meta device, of a run whose rows are not read."""
+        return self.apply(model, run)
 
     def save(self, model: PreTrainedModel, folder: Path, run: Run) -> None:
         """Write what the run ended with, so that it can be loaded on the model that the run started from."""

@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 
 from ftrun import launch, record, task
-from ftrun.display import console
+from ftrun.display import console, size_text
 from ftrun.record import Status
 
 
@@ -54,12 +54,3 @@ def _described(thing: dict[str, Any]) -> str:
     new = {"rows": "tokenised", "model": "downloaded"}[thing["kind"]]
     how = "was there already" if thing["was_there"] else new
     return f"{thing['name']}: {counts}{size_text(thing['bytes'])}, {how}, {Path(thing['place'])}"
-
-
-def size_text(size: float) -> str:
-    """Return a number of bytes as a person reads it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

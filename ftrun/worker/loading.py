@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,36 @@ def _class_of(files: str, source_arguments: dict[str, Any]) -> Any:
         return cls
     multimodal = processor.multimodal_config(files, source_arguments) is not None
     return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
+
+
+def outline(cfg: Config) -> PreTrainedModel:
+    """Return the model that the run starts from without its weights, on the meta device; no file of weights is read."""
+    from transformers import AutoConfig
+
+    dtype = _dtype(cfg)
+    files, arguments = _architecture(cfg.model)
+    with torch.device("meta"):
+        if not files:
+            return builtin.model({"dtype": dtype})
+        cls, config = _class_of(files, arguments), AutoConfig.from_pretrained(files, **arguments)
+        if cfg.stage.head is ModelHead.score:
+            config.num_labels, cls = 1, score_head.class_for(config) or cls
+        make = getattr(cls, "from_config", None) or cls._from_config
+        return make(config, dtype=config.dtype if dtype == "auto" else dtype)
+
+
+def _architecture(model: Model) -> tuple[str, dict[str, Any]]:
+    """Return which files say of what shape a model is, and how they are read; nothing for one that is made here."""
+    path = Path(model.path or "")
+    if model.source is Source.builtin:
+        return "", {}
+    if model.source is Source.run and (path / record.MODEL / "adapter_config.json").is_file():
+        return _architecture(Config.load(path / record.RUN).model)
+    if model.source is Source.folder and (path / "adapter_config.json").is_file():
+        return str(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]), {}
+    if model.source is Source.gguf:
+        return str(path.parent), {"gguf_file": path.name}
+    return _files(model), _source_arguments(model)
 
 
 def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,24 +16,22 @@ def _forked_workers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forkserver.VARIABLE, server)
 
 
-OVERRIDES = {
-    ("reward", "code"): ("reward.code.allow_execution=true",),
-    **{("stage", name): ("stage.max_new_tokens=8",) for name in ("ppo", "grpo", "rloo", "online_dpo")},
+OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("reward", "code"): {"overrides": ("reward.code.allow_execution=true",)},
+    **{("stage", name): {"overrides": ("stage.max_new_tokens=8",)} for name in ("ppo", "grpo", "rloo")},
+    # It counts replies, of which a pair belongs together, so its batches cannot be divided as others can.
+    ("stage", "online_dpo"): {"overrides": ("stage.max_new_tokens=8",), "divisions": ((8, 1), (4, 2), (2, 4))},
 }
-"""What options need besides being chosen."""
+"""What the suites of some options have that others have not: what they need besides being chosen, for one."""
 
 ELSEWHERE = {("reward", name): f"reward/test_{name}.py" for name in ("http", "model", "adapter")}
 """Options that need a server or another run: the tests of each, which inherit the suite."""
 
-DIVISIONS = {("stage", "online_dpo"): ((8, 1), (4, 2), (2, 4))}
-"""Options whose batches cannot be divided as others can: it counts replies, of which a pair belongs together."""
-
 for _group, _suite in SUITES.items():
     for _name in plugin.names(_group):
         if (_group, _name) not in ELSEWHERE:
-            _test, _needs = f"Test_{_group}_{_name}", OVERRIDES.get((_group, _name), _suite.overrides)
-            _own = {"divisions": DIVISIONS[_group, _name]} if (_group, _name) in DIVISIONS else {}
-            globals()[_test] = type(_test, (_suite,), {"option": _name, "overrides": _needs, **_own})
+            _test = f"Test_{_group}_{_name}"
+            globals()[_test] = type(_test, (_suite,), {"option": _name, **OWN.get((_group, _name), {})})
 
 
 def test_every_group_has_a_suite():

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from ftrun.worker.optim.ruled import Rule, State
 
-_FUSED = ("cpu", "cuda", "mps", "xpu", "meta")
+_FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices for which torch has a fused kernel."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +50,7 @@ class LoRA(Adapter):
     # "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/) finds the best rate at about ten times that of
     # full fine-tuning, over many models and data sets.
     lr_scale: ClassVar[float] = 10.0
+    two_factors: ClassVar[bool] = True
     name: str = "lora"
 
     rank: int = ranged(16, ge=1)
@@ -148,6 +149,10 @@ class LoRA(Adapter):
         if self.init.changes_base and run.is_main:
             self._keep_start(adapted, run)
         return adapted
+
+    def outline(self, model: nn.Module, run: Run) -> nn.Module:
+        """Put the updates beside the layers, whatever they would start as."""
+        return replace(self, init=Init.default).apply(model, run)
 
     def save(self, model: PreTrainedModel, folder: Path, run: Run) -> None:
         """Write the adapter; one whose start was taken out of the base is converted to fit the base as it was."""
