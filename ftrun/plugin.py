@@ -209,6 +209,9 @@ class Optimizer(Plugin):
     lr_scale: ClassVar[float] = 1.0
     """How the default learning rate compares with AdamW's."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether each element of a weight is updated by its own gradient alone, so that ZeRO's flat shards can be."""
+
     skips_weights: ClassVar[bool] = False
     """Whether some of the weights that train have no gradient in some steps."""
 

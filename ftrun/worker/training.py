@@ -161,8 +161,16 @@ class RunTrainer(Trainer):
         return self.train_dataset if isinstance(self.train_dataset, Stream) else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer that the config chooses."""
+        """Build the optimizer that the config chooses.
+
+        Raises:
+            ConfigError: It needs whole weights, and DeepSpeed cuts them up.
+        """
         if self.optimizer is None:
+            if self.is_deepspeed_enabled and not self.run.cfg.optimizer.elementwise:
+                name = self.run.cfg.optimizer.name
+                message = f"optimizer={name} looks at whole weights, and ZeRO gives it pieces of flattened ones"
+                raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without DeepSpeed")])
             self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
         return self.optimizer
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from ftrun.errors import RunFailed
 
@@ -76,12 +77,30 @@ class Ruled(torch.optim.Optimizer):
     def update(self, group: dict[str, Any], weights: Sequence[Tensor]) -> None:
         """Update some weights of a group, which have gradients."""
         rule = self.rules[group["rule"]]
-        for weight in weights:
-            if weight not in self.state:
-                self.state[weight] = rule.start(weight)
-        grads: list[Any] = [weight.grad for weight in weights]
-        states = [self.state[weight] for weight in weights]
-        rule.update(weights, grads, states, lr=group["lr"], weight_decay=group["weight_decay"])
+        settings = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        apart = [weight for weight in weights if isinstance(weight, DTensor) and not rule.elementwise]
+        for weight in apart:
+            self._update_whole(rule, weight, settings)
+        if together := [weight for weight in weights if not isinstance(weight, DTensor) or rule.elementwise]:
+            for weight in together:
+                if weight not in self.state:
+                    self.state[weight] = rule.start(weight)
+            grads: list[Any] = [weight.grad for weight in together]
+            rule.update(together, grads, [self.state[weight] for weight in together], **settings)
+
+    def _update_whole(self, rule: Rule, weight: DTensor, settings: dict[str, float]) -> None:
+        """Update a weight of which each process holds a shard (FSDP2) by a rule that needs it whole.
+
+        Every process gathers it and computes the same, and keeps of it what belongs to its own shard.
+        """
+        assert isinstance(weight.grad, DTensor)
+        whole, grad = weight.full_tensor().clone(), weight.grad.full_tensor().clone()
+        if weight not in self.state:
+            self.state[weight] = rule.start(whole)
+        rule.update([whole], [grad], [self.state[weight]], **settings)
+        mesh: Any = weight.device_mesh
+        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        weight.to_local().copy_(everywhere.redistribute(mesh, weight.placements).to_local())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state, every tensor in the type that it was saved in: torch would cast it to its weight's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ftrun.plugin import register
 from ftrun_plugins.optimizer._ruled import AdamLike
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class AdamW(AdamLike):
     """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
 
+    elementwise: ClassVar[bool] = True
     name: str = "adamw"
 
     def rules(self, run: Run) -> dict[str, Rule]:
