@@ -191,15 +191,19 @@ class RunTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the step's gradient, which the guard sees too."""
-        layerwise = self._layerwise
+        layerwise: Layerwise | None = getattr(self._optimizer, "layerwise", None)
         norm = layerwise.norm if layerwise else super()._get_grad_norm(model, grad_norm=grad_norm)
         self.guard.see_norm(norm)
         return norm
 
     @property
-    def _layerwise(self) -> Layerwise | None:
-        """What has used the gradients up in the backward pass, if anything has."""
-        return getattr(getattr(self.optimizer, "optimizer", self.optimizer), "layerwise", None)
+    def _optimizer(self) -> Any:
+        """The optimizer that the config chooses, out of what accelerate wraps it in."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """While inside, have the weights that the run would end with, if its optimizer trains at others."""
+        return self._optimizer.averaged() if hasattr(self._optimizer, "averaged") else contextlib.nullcontext()
 
     def remember(self) -> Callable[[], None]:
         """Return what takes back the metrics of the step that begins now."""
@@ -223,8 +227,8 @@ class RunTrainer(Trainer):
             yield self.on_device(self.collate(found))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and let training draw afterwards what it would have drawn without."""
-        with own_randomness(self.args.device):
+        """Evaluate what the run would end with, and let training go on afterwards as it would have without."""
+        with own_randomness(self.args.device), self.averaged():
             return super()._evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoaderShard:
@@ -426,6 +430,8 @@ class RunTrainer(Trainer):
         if self.best.step and self.best.step < self.state.global_step:
             best = self.run.folder / record.CHECKPOINTS / f"step-{self.best.step}"
             self._load_from_checkpoint(str(best), self.model)
+            if hasattr(self._optimizer, "averaged"):  # its state tells the average
+                self._load_optimizer_and_scheduler(str(best))
 
 
 def add(sums: dict[str, list[float]], metrics: dict[str, torch.Tensor]) -> None:
@@ -531,7 +537,8 @@ def fit(trainer: RunTrainer) -> Result:
     if run.cfg.train.keep_best:
         trainer.load_best()
     trainer.accelerator.wait_for_everyone()
-    return ending.finish(trainer, run) if run.is_main else Result()
+    with trainer.averaged():
+        return ending.finish(trainer, run) if run.is_main else Result()
 
 
 def _refuse_leaks(trainer: RunTrainer) -> None:

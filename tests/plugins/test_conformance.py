@@ -17,6 +17,10 @@ def _forked_workers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("optimizer", "lomo"): {"lr": 0.3},
+    ("optimizer", "adalomo"): {"lr": 0.1, "others": {"eps": [0.1]}},
+    # Without a warm-up, the power of the rate that a step counts by is refused: it would change nothing.
+    ("optimizer", "schedule_free"): {"overrides": ("train.scheduler=constant", "train.warmup=0")},
     ("reward", "code"): {"overrides": ("reward.code.allow_execution=true",)},
     **{("stage", name): {"overrides": ("stage.max_new_tokens=8",)} for name in ("ppo", "grpo", "rloo")},
     # It counts replies, of which a pair belongs together, so its batches cannot be divided as others can.

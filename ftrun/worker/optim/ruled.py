@@ -150,7 +150,7 @@ class Layerwise:
     def _use(self, weight: Tensor) -> None:
         if weight in self._norms:
             raise RunFailed(
-                "a step has gone backward twice, and with optimizer.layerwise each gradient is used up at once"
+                "a step has gone backward twice, and weights that are updated on the way have used up their gradients"
             )
         assert weight.grad is not None
         norm = torch.linalg.vector_norm(weight.grad, dtype=torch.float32)

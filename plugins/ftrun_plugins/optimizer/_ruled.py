@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ftrun.errors import ConfigError, Problem
 from ftrun.fields import ranged
@@ -16,24 +16,29 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
 
     from ftrun.config import Config
+    from ftrun.worker.optim import ruled
     from ftrun.worker.optim.ruled import Rule
     from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
 @dataclass(kw_only=True)
-class Ruled(Optimizer):
-    """An optimizer made of rules, each for one kind of weight."""
+class LayerwiseRuled(Optimizer):
+    """An optimizer made of rules, each for one kind of weight, that updates in the backward pass."""
 
-    layerwise: bool = False
-    """Update each weight in the backward pass and free its gradient at once, so that the gradients of the whole model
-    are never in memory together. Each gradient is then clipped to ``train.max_grad_norm`` by its own norm."""
+    asked: ClassVar[tuple[str, str]] = ("optimizer", "another optimizer")
+    """The key that asks for updates in the backward pass, and what to type for others."""
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether each weight is updated in the backward pass."""
+        return True
 
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield what needs the gradients of the whole model at one time."""
         yield from super().check(cfg)
-        if self.layerwise:
-            yield from layerwise_problems(cfg)
+        if self.in_backward:
+            yield from layerwise_problems(cfg, *self.asked)
 
     def settle(self, cfg: Config) -> None:
         """Refuse several processes, which may be known only now.
@@ -41,8 +46,10 @@ class Ruled(Optimizer):
         Raises:
             ConfigError: There are several.
         """
-        if self.layerwise and (cfg.hardware.num_processes or 1) > 1:
-            raise ConfigError([_ONE_PROCESS])
+        if self.in_backward and (cfg.hardware.num_processes or 1) > 1:
+            key, instead = self.asked
+            fix = f"hardware.num_processes=1, or {instead}"
+            raise ConfigError([Problem(key, _ONE_PROCESS, fix)])
 
     def rules(self, run: Run) -> dict[str, Rule]:
         """Return the rules by name."""
@@ -57,17 +64,35 @@ class Ruled(Optimizer):
         from ftrun.worker import parameters
         from ftrun.worker.optim import ruled
 
-        made = ruled.Ruled(parameters.groups(model, self, self.rule_of), self.rules(run))
-        if self.layerwise:
+        made = self.applying()(parameters.groups(model, self, self.rule_of), self.rules(run))
+        if self.in_backward:
             made.layerwise = ruled.Layerwise(made, run.cfg.train.max_grad_norm)
         return made
 
+    def applying(self) -> type[ruled.Ruled]:
+        """Return what applies the rules."""
+        from ftrun.worker.optim import ruled
 
-_ONE_PROCESS = Problem(
-    "optimizer.layerwise",
-    "several processes average their gradients when the backward pass is over, and by then each would be used up",
-    "hardware.num_processes=1, or optimizer.layerwise=false",
-)
+        return ruled.Ruled
+
+
+@dataclass(kw_only=True)
+class Ruled(LayerwiseRuled):
+    """One that updates in the backward pass only where it is told to."""
+
+    asked = ("optimizer.layerwise", "optimizer.layerwise=false")
+
+    layerwise: bool = False
+    """Update each weight in the backward pass and free its gradient at once, so that the gradients of the whole model
+    are never in memory together. Each gradient is then clipped to ``train.max_grad_norm`` by its own norm."""
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether it is told to."""
+        return self.layerwise
+
+
+_ONE_PROCESS = "several processes average their gradients when the backward pass is over, and by then each is used up"
 
 
 def layerwise_problems(
