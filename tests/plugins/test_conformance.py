@@ -16,7 +16,13 @@ def _forked_workers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forkserver.VARIABLE, server)
 
 
+PROJECTED = {
+    "overrides": ("adapter=full", "optimizer.rank=8", "optimizer.update_interval=4"),
+    "others": {"targets": [["q_proj"], ["mlp.up_proj"]]},
+}
+
 OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("optimizer", "galore"): PROJECTED,
     ("optimizer", "lomo"): {"lr": 0.3},
     ("optimizer", "adalomo"): {"lr": 0.1, "others": {"eps": [0.1]}},
     # Without a warm-up, the power of the rate that a step counts by is refused: it would change nothing.
