@@ -26,6 +26,11 @@ from ftrun.train import Scheduler
 
 PLUGINS = [(group, name) for group in plugin.GROUPS for name in plugin.names(group)]
 NEEDS = {
+    **{("optimizer", name): ("adapter=full",) for name in ("galore", "fira", "apollo", "apollo_mini", "badam")},
+    **{("optimizer", name): ("adapter=full",) for name in ("badam_ratio", "lisa")},
+    ("optimizer", "schedule_free"): ("train.scheduler=constant",),
+    ("optimizer", "torch"): ("optimizer.cls=torch.optim.RAdam",),
+    ("optimizer", "hf"): ("optimizer.optim=ademamix",),
     ("reward", "code"): ("reward.code.allow_execution=true",),
     ("reward", "http"): ("reward.http.url=http://host/score",),
     ("reward", "model"): ("reward.model.path=ORG/judge",),
@@ -345,7 +350,7 @@ def test_every_family_composes_with_each_of_its_sizes(family, driver):
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in PRESETS if pair[0] != "model"], ids=lambda word: word)
 def test_every_preset_composes(group, name, driver):
-    shown = yaml.safe_load(driver("show", f"{group}={name}").sees(0).out)
+    shown = yaml.safe_load(driver("show", f"{group}={name}", *NEEDS.get((group, name), ())).sees(0).out)
     wanted = yaml.safe_load((options.CONF / group / f"{name}.yaml").read_text()) or {}
     place = shown if group in options.OPTIONAL_GROUPS else shown[group]
     wanted.pop("defaults", None)
@@ -373,6 +378,7 @@ def test_a_preset_of_the_working_folder_wins_over_the_shipped_one(group, name, d
         "data": ("path: mine.jsonl", lambda tree: tree["data"]["path"] == "mine.jsonl"),
         "train": ("epochs: 77", lambda tree: tree["train"]["epochs"] == 77),
         "hardware": ("num_threads: 77", lambda tree: tree["hardware"]["num_threads"] == 77),
+        "optimizer": ("defaults: [adamw, _self_]\nbeta1: 0.77", lambda tree: tree["optimizer"]["beta1"] == 0.77),
     }.get(group, ("seed: 77", lambda tree: tree["seed"] == 77))
     head = "# @package _global_\n" if group in options.OPTIONAL_GROUPS else ""
     write(f"conf/{group}/{name}.yaml", f"{head}# Mine, and nobody else's.\n{text}\n")

@@ -23,6 +23,8 @@ PROJECTED = {
 
 OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("optimizer", "galore"): PROJECTED,
+    ("optimizer", "fira"): PROJECTED,
+    ("optimizer", "apollo"): PROJECTED | {"others": {"scale": [1.0], "targets": [["q_proj"]]}},
     ("optimizer", "lomo"): {"lr": 0.3},
     ("optimizer", "adalomo"): {"lr": 0.1, "others": {"eps": [0.1]}},
     # Without a warm-up, the power of the rate that a step counts by is refused: it would change nothing.

@@ -78,7 +78,7 @@ class GaLore(Rule):
             if right is not None:
                 first, second = way if left is None else left @ way, right.mT
             assert first is not None
-            _add_product(weight, first, second, beta=1 - lr * weight_decay, alpha=lr * self.scale)
+            add_product(weight, first, second, beta=1 - lr * weight_decay, alpha=lr * self.scale)
 
     def _number(self, weight: Tensor) -> int:
         """Return a number of the weight's own, the same in whatever order the weights start, and after a resumption."""
@@ -104,7 +104,7 @@ class GaLore(Rule):
                 state[side] = leading(matrix, self.rank, self.method, last, seed).to(grad.dtype)
 
 
-def _add_product(weight: Tensor, first: Tensor, second: Tensor, *, beta: float, alpha: float) -> None:
+def add_product(weight: Tensor, first: Tensor, second: Tensor, *, beta: float, alpha: float) -> None:
     """Make a weight ``beta * weight + alpha * first @ second`` without a temporary of its size."""
     if weight.ndim == 2:
         weight.addmm_(first, second, beta=beta, alpha=alpha)
