@@ -26,8 +26,7 @@ from rich.table import Table
 
 from ftrun import model
 from ftrun.data import Data
-from ftrun.display import console
-from ftrun.prepare import size_text
+from ftrun.display import console, size_text
 
 _META, _LOCK, _PARTIAL = "meta.json", ".lock", ".partial"
 _DAY = 24 * 60 * 60

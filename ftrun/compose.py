@@ -67,6 +67,9 @@ class PluginSource(ConfigSource):
             raise plugin.PluginError(
                 f"{group}={name} has a field that is wrong: {error.full_key}: {str(error).splitlines()[0]}"
             ) from None
+        for key in config:
+            if OmegaConf.get_type(config, str(key)) is dict:
+                OmegaConf.set_struct(config[key], False)  # its names are the user's own
         package = plugin.place(group, name) if group in plugin.SEVERAL else None
         return ConfigResult(
             provider=self.provider,

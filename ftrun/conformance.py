@@ -165,7 +165,7 @@ class OptimizerSuite(PluginSuite):
                 assert bool((weight == before[name]).all()), name
             else:
                 assert bool((weight.abs() <= before[name].abs()).all()), name
-                assert float(weight.detach().norm()) < float(before[name].norm()), name
+                assert float(weight.detach().norm()) < float(before[name].norm()) or not before[name].any(), name
 
     @pytest.mark.parametrize("words", [(), ("model.dtype=bfloat16", "train.precision=bf16"), ("adapter=lora",)])
     def test_resumes_bit_for_bit(self, words: tuple[str, ...], tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ class OptimizerSuite(PluginSuite):
                 changed = {key.name: value}
                 if not self._refused(run, changed) and _same(self._weights_after(run, changed), usual):
                     idle.append(f"{key.name}={value}")
-        assert not idle
+        assert not idle, idle
 
     def test_takes_the_same_steps_in_the_backward_pass(self, tmp_path: Path) -> None:
         """With ``layerwise`` no gradient is left after the backward pass, and the steps are the same."""
@@ -212,7 +212,7 @@ class OptimizerSuite(PluginSuite):
         """Return other values of a key, of which each must make a difference."""
         from ftrun.plugin import WeightGroup
 
-        known = {
+        known: dict[str, list[Any]] = {
             "name": [],
             "layerwise": [],
             "embedding_lr": [self.lr / 2],

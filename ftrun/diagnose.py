@@ -141,8 +141,9 @@ def _wrong_kind(key: str, hint: Any, value: Any, now: Any) -> Iterator[Problem]:
             for index, entry in enumerate(value):
                 yield from _wrong_entry(f"{key}.{index}", item, entry)
     elif typing.get_origin(hint) is dict:
-        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-            yield Problem(key, f"'{value}' is not a set of names and texts", f"{key}={{NAME: TEXT}}")
+        kind = "text" if typing.get_args(hint)[1] is str else "value"
+        if not isinstance(value, dict) or (kind == "text" and not all(isinstance(one, str) for one in value.values())):
+            yield Problem(key, f"'{value}' is not a set of names and {kind}s", f"{key}={{NAME: {kind.upper()}}}")
     elif isinstance(value, list | dict) and (hint is str or str in typing.get_args(hint)):
         sources = "data.sources=[{path: ...}, ...] for several" if key == "data.path" else f"{key}=VALUE"
         yield Problem(key, f"takes one text, not a {type(value).__name__}", sources)

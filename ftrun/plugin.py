@@ -212,6 +212,9 @@ class Optimizer(Plugin):
     elementwise: ClassVar[bool] = False
     """Whether each element of a weight is updated by its own gradient alone, so that ZeRO's flat shards can be."""
 
+    takes_shards: ClassVar[bool] = False
+    """Whether it updates weights of which each process holds a shard (FSDP2) as it updates whole ones."""
+
     skips_weights: ClassVar[bool] = False
     """Whether some of the weights that train have no gradient in some steps."""
 

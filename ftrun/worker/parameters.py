@@ -47,7 +47,12 @@ class Weight:
 
         Norms, biases and magnitudes scale or shift: pulling them to zero fights the model rather than its complexity.
         """
-        return self.parameter.ndim >= 2
+        return self.parameter.ndim >= 2 and not _is_bias(self.name)
+
+
+def _is_bias(name: str) -> bool:
+    """Tell so by the name: the biases of all experts of a layer are in one table."""
+    return "bias" in name.rpartition(".")[2]
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -67,7 +72,12 @@ def weights(model: nn.Module) -> list[Weight]:
         if any(name.startswith(head) for head in heads):
             return Role.head
         module = modules.get(name.rpartition(".")[0])
-        if parameter.ndim < 2 or min(parameter.shape[-2:]) < 2 or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if (
+            _is_bias(name)
+            or parameter.ndim < 2
+            or min(parameter.shape[-2:]) < 2
+            or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ):
             return Role.other
         return Role.matrix
 

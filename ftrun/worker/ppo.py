@@ -85,6 +85,7 @@ class ValueModel(nn.Module):
         self.trunk = trunk
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.zeros(1))
+        self._names = {name for name, weight in self.named_parameters() if weight.requires_grad}
 
     def forward(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the value at each position whose next token is labelled, in float32, of shape (N,).
@@ -100,8 +101,8 @@ class ValueModel(nn.Module):
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
-        """The weights that train, by name."""
-        return {name: weight.data for name, weight in self.named_parameters() if weight.requires_grad}
+        """The weights that train, at any time, by name."""
+        return {name: weight.data for name, weight in self.named_parameters() if name in self._names}
 
     def save(self, file: Path) -> None:
         """Write the weights that train."""

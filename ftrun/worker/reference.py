@@ -130,7 +130,8 @@ class Live:
     @contextlib.contextmanager
     def _swapped(self, policy: nn.Module) -> Iterator[None]:
         """While inside, have the weights that train be what they were."""
-        weights = dict(parameters.trained(policy))
+        # Not all of them may train at this time: optimizers let blocks take turns.
+        weights = {name: weight for name, weight in policy.named_parameters() if name in self._start}
         now = {name: weight.data for name, weight in weights.items()}
         try:
             for name, weight in weights.items():

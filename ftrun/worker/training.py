@@ -164,15 +164,22 @@ class RunTrainer(Trainer):
         """Build the optimizer that the config chooses.
 
         Raises:
-            ConfigError: It needs whole weights, and DeepSpeed cuts them up.
+            ConfigError: It needs whole weights, and FSDP or DeepSpeed cuts them up.
         """
         if self.optimizer is None:
-            if self.is_deepspeed_enabled and not self.run.cfg.optimizer.elementwise:
-                name = self.run.cfg.optimizer.name
-                message = f"optimizer={name} looks at whole weights, and ZeRO gives it pieces of flattened ones"
-                raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without DeepSpeed")])
+            self._refuse_shards()
             self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
         return self.optimizer
+
+    def _refuse_shards(self) -> None:
+        chosen = self.run.cfg.optimizer
+        wanted = f"optimizer={chosen.name} looks at whole weights, and"
+        if self.is_deepspeed_enabled and not chosen.elementwise:
+            message = f"{wanted} ZeRO gives it pieces of flattened ones"
+            raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without DeepSpeed")])
+        if self.is_fsdp_enabled and not chosen.takes_shards:
+            message = f"{wanted} FSDP gives it shards of them"
+            raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without FSDP")])
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Build the schedule that the config chooses."""

@@ -48,14 +48,17 @@ class Outline(Run):
 
 def _states(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]] | None:
     """Return what an optimizer keeps of each weight once it has taken a step."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if isinstance(optimizer, Ruled):
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                optimizer.state[weight] = optimizer.rules[group["rule"]].start(weight)
-        return dict(optimizer.state)
-    for weight in weights:
-        weight.grad = torch.empty_like(weight)
+        kept = set(optimizer.with_state())
+        return {
+            weight: optimizer.start(group, weight)
+            for group in optimizer.param_groups
+            for weight in group["params"]
+            if weight in kept
+        }
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.empty_like(weight)
     try:
         optimizer.step()
     except (RuntimeError, NotImplementedError):  # a kernel that is for real tensors only

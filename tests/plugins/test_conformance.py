@@ -25,7 +25,34 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("optimizer", "galore"): PROJECTED,
     ("optimizer", "fira"): PROJECTED,
     ("optimizer", "apollo"): PROJECTED | {"others": {"scale": [1.0], "targets": [["q_proj"]]}},
+    # Ten steps reach every block.
+    ("optimizer", "badam"): {
+        "overrides": ("adapter=full", "optimizer.order=ascending", "optimizer.update_interval=3"),
+        "others": {"start_block": [1]},
+        "lr": 2e-2,
+    },
+    ("optimizer", "badam_ratio"): {
+        "overrides": ("adapter=full", "optimizer.ratio=0.5"),
+        "others": {"update_interval": [3]},
+    },
+    ("optimizer", "lisa"): {"overrides": ("adapter=full", "optimizer.n_layers=1", "optimizer.update_interval=2")},
+    ("optimizer", "muon"): {"others": {"ns_coefficients": [[2.0, -1.5, 0.5]]}},
     ("optimizer", "lomo"): {"lr": 0.3},
+    ("optimizer", "sgd"): {"lr": 0.1, "overrides": ("optimizer.momentum=0.9",)},
+    ("optimizer", "lion"): {"lr": 2e-3},
+    ("optimizer", "lion_8bit"): {"lr": 2e-3, "others": {"min_8bit_size": [100_000]}},
+    ("optimizer", "adamw_8bit"): {"others": {"min_8bit_size": [100_000]}},
+    ("optimizer", "adafactor"): {"lr": 5e-2, "others": {"eps1": [1e-2], "eps2": [0.5]}},
+    ("optimizer", "torch"): {
+        "overrides": ("optimizer.cls=torch.optim.RAdam",),
+        "others": {"cls": ["torch.optim.NAdam"], "args": [{"betas": [0.5, 0.9]}]},
+    },
+    ("optimizer", "hf"): {
+        "overrides": ("optimizer.optim=ademamix",),
+        "others": {"optim": ["rmsprop"], "args": [{"alpha": 8}]},
+    },
+    # An embedding has to train, or a rate of its own would change nothing.
+    ("optimizer", "loraplus"): {"adapter": "lora", "overrides": ("adapter.modules_to_save=[embed_tokens,lm_head]",)},
     ("optimizer", "adalomo"): {"lr": 0.1, "others": {"eps": [0.1]}},
     # Without a warm-up, the power of the rate that a step counts by is refused: it would change nothing.
     ("optimizer", "schedule_free"): {"overrides": ("train.scheduler=constant", "train.warmup=0")},

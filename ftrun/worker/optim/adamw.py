@@ -29,7 +29,7 @@ class AdamW(Rule):
     beta2: float = 0.999
     eps: float = 1e-8
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """Two moments of the weight's shape and type."""
         return {
             "step": torch.zeros((), device=weight.device if weight.is_cuda else "cpu"),

@@ -58,7 +58,7 @@ class Apollo(Rule):
     """For each length of a side the projection in use, and the seed and number of its draw. All matrices of one length
     share it: each needs a random one, but none of its own. No part of a state, since it is drawn again when missing."""
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """Two moments of R, Adam's count and ours, a seed, the norm of the last update, and a basis if one is kept."""
         rows = self._rows(weight)
         moments = self.adam.start(weight.new_empty(*rows.shape[:-1], self.rank))

@@ -32,9 +32,9 @@ class Fira(GaLore):
     growth: float
     """How much longer the scaled rest may be than in the step before; 0 sets no limit."""
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """GaLore's, and the norm of the last rest of each matrix."""
-        return {**super().start(weight), "last": torch.zeros(*weight.shape[:-2], 1, 1, device=weight.device)}
+        return {**super().start(weight, number), "last": torch.zeros(*weight.shape[:-2], 1, 1, device=weight.device)}
 
     def update(
         self,

@@ -46,7 +46,7 @@ class GaLore(Rule):
     spread: bool
     seed: int
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """The inner state of the projected shape, and room for the bases."""
         *batch, rows, columns = weight.shape
         left, right = self._sides(weight)
@@ -55,7 +55,7 @@ class GaLore(Rule):
             state["left"] = weight.new_zeros(*batch, rows, self.rank)
         if right:
             state["right"] = weight.new_zeros(*batch, columns, self.rank)
-        return {**state, "count": 0, "number": self._number(weight)}
+        return {**state, "count": 0, "number": number}
 
     def update(
         self,
@@ -80,12 +80,6 @@ class GaLore(Rule):
             assert first is not None
             add_product(weight, first, second, beta=1 - lr * weight_decay, alpha=lr * self.scale)
 
-    def _number(self, weight: Tensor) -> int:
-        """Return a number of the weight's own, the same in whatever order the weights start, and after a resumption."""
-        if weight.is_meta:
-            return 0
-        return zlib.crc32(weight.detach().flatten()[:64].float().cpu().numpy().tobytes(), self.seed)
-
     def _sides(self, weight: Tensor) -> tuple[bool, bool]:
         """Tell whether the left side is projected, and whether the right one is."""
         tall = weight.shape[-2] >= weight.shape[-1]
@@ -97,7 +91,7 @@ class GaLore(Rule):
         return state["count"] == 0 or (state["count"] - offset) % self.update_interval == 0
 
     def _choose_bases(self, grad: Tensor, state: State) -> None:
-        seed = state["number"] + state["count"]
+        seed = zlib.crc32(f"{self.seed} {state['number']} {state['count']}".encode())
         for side, matrix in (("left", grad), ("right", grad.mT)):
             if side in state:
                 last = state[side] if state["count"] else None

@@ -20,7 +20,7 @@ class Lomo(Rule):
 
     elementwise = True
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """Nothing."""
         return {}
 
@@ -51,7 +51,7 @@ class AdaLomo(Rule):
     clip_threshold: float = 1.0
     eps: float = 1e-3
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """A number a row and a column; of a vector, one an element. In float32."""
         shape = weight.shape
         kept = {"exp_avg_sq": shape} if weight.ndim < 2 else {"rows": shape[:-1], "columns": shape[:-2] + shape[-1:]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -22,8 +22,13 @@ class Rule:
     elementwise: ClassVar[bool] = False
     """Whether each element is updated by its own gradient alone, so that a shard of a weight can be updated, too."""
 
-    def start(self, weight: Tensor) -> State:
-        """Return the state of a weight before its first step."""
+    def start(self, weight: Tensor, number: int = 0) -> State:
+        """Return the state of a weight before its first step.
+
+        Args:
+            weight: The weight.
+            number: Its place among all that the optimizer updates, the same whenever a run with them is started.
+        """
         raise NotImplementedError
 
     def update(
@@ -61,6 +66,26 @@ class Ruled(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, Rule]) -> None:
         self.rules = rules
         super().__init__(groups, {})
+        keep_types(self)
+        self._numbers = {weight: number for number, weight in enumerate(self._weights())}
+
+    def start(self, group: dict[str, Any], weight: Tensor, like: Tensor | None = None) -> State:
+        """Return what the rule of a group keeps of a weight before its first step.
+
+        Args:
+            group: The weight's.
+            weight: The weight.
+            like: A tensor of its whole shape, if ``weight`` is a shard.
+        """
+        rule = self.rules[group["rule"]]
+        return rule.start(weight if like is None else like, self._numbers[weight])
+
+    def _weights(self) -> Iterator[Tensor]:
+        return (weight for group in self.param_groups for weight in group["params"])
+
+    def with_state(self) -> list[Tensor]:
+        """Return the weights that have a state at one time: those of which there are most bytes, if others follow."""
+        return list(self._weights())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,17 +103,16 @@ class Ruled(torch.optim.Optimizer):
         """Update some weights of a group, which have gradients."""
         rule = self.rules[group["rule"]]
         settings = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-        apart = [weight for weight in weights if isinstance(weight, DTensor) and not rule.elementwise]
-        for weight in apart:
-            self._update_whole(rule, weight, settings)
+        for shard in [weight for weight in weights if isinstance(weight, DTensor) and not rule.elementwise]:
+            self._update_whole(group, shard, settings)
         if together := [weight for weight in weights if not isinstance(weight, DTensor) or rule.elementwise]:
             for weight in together:
                 if weight not in self.state:
-                    self.state[weight] = rule.start(weight)
+                    self.state[weight] = self.start(group, weight)
             grads: list[Any] = [weight.grad for weight in together]
             rule.update(together, grads, [self.state[weight] for weight in together], **settings)
 
-    def _update_whole(self, rule: Rule, weight: DTensor, settings: dict[str, float]) -> None:
+    def _update_whole(self, group: dict[str, Any], weight: DTensor, settings: dict[str, float]) -> None:
         """Update a weight of which each process holds a shard (FSDP2) by a rule that needs it whole.
 
         Every process gathers it and computes the same, and keeps of it what belongs to its own shard.
@@ -96,28 +120,29 @@ class Ruled(torch.optim.Optimizer):
         assert isinstance(weight.grad, DTensor)
         whole, grad = weight.full_tensor().clone(), weight.grad.full_tensor().clone()
         if weight not in self.state:
-            self.state[weight] = rule.start(whole)
-        rule.update([whole], [grad], [self.state[weight]], **settings)
+            self.state[weight] = self.start(group, weight, whole)
+        self.rules[group["rule"]].update([whole], [grad], [self.state[weight]], **settings)
         mesh: Any = weight.device_mesh
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         weight.to_local().copy_(everywhere.redistribute(mesh, weight.placements).to_local())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state, every tensor in the type that it was saved in: torch would cast it to its weight's."""
-        super().load_state_dict(state_dict)
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        weights = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, weight in zip(ids, weights, strict=True):
-            if number in state_dict["state"]:
-                self.state[weight] = _restored(state_dict["state"][number], self.state[weight])
 
+def keep_types(optimizer: torch.optim.Optimizer) -> None:
+    """Have a state loaded in the types that it was saved in: torch casts tensors to the type of their weight."""
+    saved: list[dict[str, Any]] = []
 
-def _restored(saved: State, placed: State) -> State:
-    """Return a copy of what was saved, each tensor on the device where torch has placed it."""
-    return {
-        name: value.to(device=placed[name].device, copy=True) if isinstance(value, Tensor) else placed[name]
-        for name, value in saved.items()
-    }
+    def restore(_: torch.optim.Optimizer) -> None:
+        found = saved.pop()
+        numbers = chain.from_iterable(group["params"] for group in found["param_groups"])
+        weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for number, weight in zip(numbers, weights, strict=True):
+            for name, value in found["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    state = optimizer.state[weight]
+                    state[name] = value.to(device=state[name].device, copy=True)
+
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: saved.append(state))
+    optimizer.register_load_state_dict_post_hook(restore)
 
 
 class Layerwise:

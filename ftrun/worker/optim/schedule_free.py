@@ -30,7 +30,7 @@ class ScheduleFree(Rule):
     r: float = 0.0
     weight_lr_power: float = 2.0
 
-    def start(self, weight: Tensor) -> State:
+    def start(self, weight: Tensor, number: int = 0) -> State:
         """Begin with x, y and z where the weight is."""
         z = weight.to(torch.float32, copy=True)
         state = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "z": z, "exp_avg_sq": torch.zeros_like(z)}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class LayerwiseRuled(Optimizer):
     """An optimizer made of rules, each for one kind of weight, that updates in the backward pass."""
 
+    takes_shards: ClassVar[bool] = True
     asked: ClassVar[tuple[str, str]] = ("optimizer", "another optimizer")
     """The key that asks for updates in the backward pass, and what to type for others."""
 
@@ -62,11 +63,15 @@ class LayerwiseRuled(Optimizer):
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         """Return the optimizer that applies each rule to its weights."""
         from ftrun.worker import parameters
-        from ftrun.worker.optim import ruled
 
-        made = self.applying()(parameters.groups(model, self, self.rule_of), self.rules(run))
+        return self.finished(self.applying()(parameters.groups(model, self, self.rule_of), self.rules(run)), run)
+
+    def finished(self, made: ruled.Ruled, run: Run) -> ruled.Ruled:
+        """Return an optimizer that updates in the backward pass, if this one is to."""
+        from ftrun.worker.optim.ruled import Layerwise
+
         if self.in_backward:
-            made.layerwise = ruled.Layerwise(made, run.cfg.train.max_grad_norm)
+            made.layerwise = Layerwise(made, run.cfg.train.max_grad_norm)
         return made
 
     def applying(self) -> type[ruled.Ruled]:

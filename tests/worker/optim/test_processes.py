@@ -15,31 +15,44 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ftrun import plugin
 from ftrun.conformance import _small_model, _small_run
 
 STEPS = 6
 
-OPTIONS = ["adamw", "sgd", "lion"]
+OPTIONS = [name for name in plugin.names("optimizer") if name not in ("lomo", "adalomo")]
+"""All but those that refuse several processes."""
+
+NEEDS = {
+    "loraplus": ("adapter=lora",),
+    "schedule_free": ("train.scheduler=constant", "train.warmup=0"),
+    "torch": ("optimizer.cls=torch.optim.RAdam",),
+    "hf": ("optimizer.optim=ademamix",),
+}
+"""What some need besides being chosen."""
+
+SMALL = {"update_interval": 2, "rank": 4, "n_layers": 1}
+"""Values of keys by which what projects or switches does so within the steps."""
 
 
-def words(name: str) -> list[str]:
-    """Return a small run with an optimizer, whatever it projects or switches doing so within its steps."""
-    keys = plugin.get("optimizer", name).__dataclass_fields__
-    small = {"update_interval": 2, "rank": 4}
-    return [f"optimizer={name}", *(f"optimizer.{key}={value}" for key, value in small.items() if key in keys)]
+def takes_shards(name: str) -> bool:
+    return plugin.get("optimizer", name).takes_shards  # type: ignore[attr-defined]
 
 
 def run_of(name: str, folder: Path) -> Any:
-    return _small_run(folder / name, ["model=tiny", "hardware=cpu", "adapter=full", "optimizer.lr=1e-2", *words(name)])
+    keys = plugin.get("optimizer", name).__dataclass_fields__
+    small = [f"optimizer.{key}={value}" for key, value in SMALL.items() if key in keys]
+    words = ["model=tiny", "hardware=cpu", "adapter=full", "optimizer.lr=1e-3", f"optimizer={name}", *small]
+    return _small_run(folder / name, [*words, *NEEDS.get(name, ())])
 
 
 def trained(run: Any, parts: list[list[dict[str, torch.Tensor]]], kind: str) -> dict[str, torch.Tensor]:
     """Return the weights after a step for each part of the batches; the loss of one is the mean of its batches'."""
     model: Any = run.cfg.adapter.apply(_small_model(run), run).eval()
     if kind == "fsdp":
-        for module in (*model.model.layers, model):
+        for module in (*(one for one in model.modules() if isinstance(one, LlamaDecoderLayer)), model):
             fully_shard(module)
     optimizer = run.cfg.optimizer.build(model, run)
     skips = run.cfg.optimizer.skips_weights
@@ -64,7 +77,7 @@ def one_of_two(rank: int, port: int, runs: dict[str, Any], folder: Path) -> None
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, run in runs.items():
         mine = [part[rank : rank + 1] for part in parts_of(run)]
-        for kind in ("ddp", "fsdp"):
+        for kind in ("ddp", "fsdp") if takes_shards(name) else ("ddp",):
             try:
                 found: Any = trained(run, mine, kind)
             except Exception:
@@ -91,8 +104,10 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], lis
     return lambda name, kind: [torch.load(folder / f"{name}-{kind}-{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in OPTIONS for kind in ("ddp", "fsdp") if kind == "ddp" or takes_shards(name)],
+)
 def test_two_processes_come_to_what_one_comes_to(name, kind, of_two, tmp_path):
     run = run_of(name, tmp_path)
     alone = trained(run, parts_of(run), "alone")
