@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ftrun.worker import parameters
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 from ftrun.worker.parameters import Role, Weight
 
 
@@ -64,15 +63,7 @@ class AdamMini(Rule):
         """
         return {"step": 0, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": self.blocks.mean_square(weight).zero_()}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Take Adam's step, with the root mean square of a block's gradients in place of each element's own."""
         means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
         for state in states:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices for which torch has a fused kernel."""
@@ -37,15 +37,7 @@ class AdamW(Rule):
             "exp_avg_sq": torch.zeros_like(weight),
         }
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Take torch's step."""
         adamw(
             list(weights),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ftrun.worker.optim.adamw import AdamW
 from ftrun.worker.optim.norm_growth import limit, norm, scaling
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 from ftrun.worker.optim.subspace import leading
 
 if TYPE_CHECKING:
@@ -68,15 +67,7 @@ class Apollo(Rule):
             state["basis"] = weight.new_zeros(*rows.shape[:-2], rows.shape[-1], self.rank)
         return state
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Update one weight after the other."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if weight_decay:

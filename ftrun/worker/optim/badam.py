@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,7 @@ class Share(Rule):
         """The state of the first share, and how many steps there have been."""
         return self.rule.start(weight.detach().view(-1)[self.places(weight, 0)]) | {"steps": 0}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Update the entries whose turn it is."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             turn, step = divmod(state["steps"], self.interval())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftrun.worker.optim.adamw import AdamW
-from ftrun.worker.optim.ruled import Rule, Ruled, State
+from ftrun.worker.optim.ruled import Rule, Ruled, State, States, Tensors
 from ftrun.worker.parameters import Role, weights
 
 Blocks = dict[str, list[nn.Parameter]]
@@ -219,15 +219,7 @@ class Mastered(AdamW):
         master = weight.detach().float()
         return super().start(master) | {"master": master}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Take the step on the copies, and round them into the weights."""
         masters = [state.get("master", weight) for weight, state in zip(weights, states, strict=True)]
         grads = [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)]

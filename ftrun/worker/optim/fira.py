@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ftrun.worker.optim.galore import GaLore, add_product
 from ftrun.worker.optim.norm_growth import limit, norm, scaling
-from ftrun.worker.optim.ruled import State
+from ftrun.worker.optim.ruled import State, States, Tensors
 
 _NOTHING = 1e-4
 """Share of the square of a gradient's norm below which its rest counts as none, from which growth has no limit. A short
@@ -36,15 +35,7 @@ class Fira(GaLore):
         """GaLore's, and the norm of the last rest of each matrix."""
         return {**super().start(weight, number), "last": torch.zeros(*weight.shape[:-2], 1, 1, device=weight.device)}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Make the update of each weight in the place of its gradient, and add it."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if self._is_due(state):

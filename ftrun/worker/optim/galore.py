@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 from ftrun.worker.optim.subspace import leading
 
 if TYPE_CHECKING:
@@ -57,15 +56,7 @@ class GaLore(Rule):
             state["right"] = weight.new_zeros(*batch, columns, self.rank)
         return {**state, "count": 0, "number": number}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Project, let the inner optimizer say where to go, and add that, projected back, in one pass over a weight."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             if self._is_due(state):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,7 @@ class Lion(Rule):
         """The momentum, of the weight's shape and type."""
         return {"momentum": torch.zeros_like(weight)}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Step by the signs of the blend, and only then take the gradients into the momentum."""
         momenta, latest = [state["momentum"] for state in states], list(grads)
         signs = torch._foreach_lerp(momenta, latest, 1 - self.beta1)

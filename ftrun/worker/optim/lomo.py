@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 _TINY = 1e-30
 """Added to squared gradients, so that a row without a gradient does not divide by zero; Adafactor's number."""
@@ -24,15 +23,7 @@ class Lomo(Rule):
         """Nothing."""
         return {}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Go against the gradient."""
         for weight, grad in zip(weights, grads, strict=True):
             exact = weight.float()  # the weight itself, where it is float32 already
@@ -57,15 +48,7 @@ class AdaLomo(Rule):
         kept = {"exp_avg_sq": shape} if weight.ndim < 2 else {"rows": shape[:-1], "columns": shape[:-2] + shape[-1:]}
         return {"step": 0} | {name: weight.new_zeros(of, dtype=torch.float32) for name, of in kept.items()}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Take a step whose root mean square is at most ``clip_threshold`` times that of the weight."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             state["step"] += 1

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 Coefficients = tuple[float, float, float]
 
@@ -44,15 +44,7 @@ class Muon(Rule):
         """One buffer of the weight's shape and type."""
         return {"momentum": torch.zeros_like(weight)}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Orthogonalise matrices of one shape together: many small products keep no device busy."""
         means = [state["momentum"] for state in states]
         torch._foreach_lerp_(means, list(grads), 1 - self.momentum)

@@ -15,6 +15,9 @@ from ftrun.errors import RunFailed
 State = dict[str, Any]
 """What a rule keeps of one weight: tensors and plain numbers, so that a checkpoint holds it and loads it safely."""
 
+States = Sequence[State]
+Tensors = Sequence[Tensor]
+
 
 class Rule:
     """How weights of one kind are updated. Its settings are fixed for the run; what changes is in the states."""
@@ -31,15 +34,7 @@ class Rule:
         """
         raise NotImplementedError
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Update weights and their states in place. The gradients may be overwritten.
 
         Args:

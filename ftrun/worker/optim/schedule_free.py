@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, Ruled, State
+from ftrun.worker.optim.ruled import Rule, Ruled, State, States, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,7 @@ class ScheduleFree(Rule):
         state = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "z": z, "exp_avg_sq": torch.zeros_like(z)}
         return state if weight.dtype is torch.float32 else state | {"y": z.clone()}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Move z by Adam's step, and y by what that changes in x and z."""
         for weight, grad, state in zip(weights, grads, states, strict=True):
             share = self._share(state, lr)

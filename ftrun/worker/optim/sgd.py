@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftrun.worker.optim.ruled import Rule, State
+from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,7 @@ class SGD(Rule):
         """The momentum, of the weight's shape and type, if there is one."""
         return {"momentum": torch.zeros_like(weight)} if self.momentum else {}
 
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Go down along the gradients, or along their sum in which older ones fade."""
         ways = list(grads)
         if self.momentum:

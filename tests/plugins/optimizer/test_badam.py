@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from ftrun import config
 from ftrun_plugins.optimizer._blocks import interval
-from tests.ended import comparable, cut_off, weights
 
 
 def run_of(steps_per_epoch, total_steps, *, streaming=False):
@@ -59,18 +57,6 @@ RUN = (
     "model=tiny", "adapter=full", "optimizer=badam", "optimizer.lr=1e-2", "optimizer.update_interval=2", "data.rows=24",
     "train.max_steps=9", "train.log_every=1", "stage.num_samples=0",
 )  # fmt: skip
-
-
-def test_resumed_equals_uninterrupted(ftrun):
-    whole = ftrun(*RUN, "train.save_every=3", "train.keep_checkpoints=9", "model.dtype=bfloat16").sees(0)
-    assert "4 blocks take turns of 2 steps each" in whole.out
-    for step in (3, 6):  # in a turn, and between two
-        copy = whole.folder.with_name(f"from{step}")
-        shutil.copytree(whole.folder, copy)
-        cut_off(copy, step)
-        ftrun("resume", copy.name).sees(0)
-        assert comparable(copy) == comparable(whole.folder)
-        assert weights(copy) == weights(whole.folder)
 
 
 @pytest.mark.slow

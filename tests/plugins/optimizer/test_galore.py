@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib import metadata
 
 import pytest
@@ -11,8 +10,7 @@ from torch import nn
 from ftrun import config
 from ftrun.errors import ConfigError
 from ftrun.worker.parameters import Role, Weight
-from ftrun_plugins.optimizer.galore import GaLore, InnerName
-from tests.ended import comparable, cut_off, weights
+from ftrun_plugins.optimizer.galore import GaLore
 
 TINY = ("model=tiny", "adapter=full", "optimizer=galore", "optimizer.rank=8")
 
@@ -64,22 +62,3 @@ def test_a_name_that_is_nowhere_is_told_with_those_that_are():
     assert problem.key == "optimizer.targets"
     assert "qproj; did you mean q_proj" in problem.message
     assert "q_proj, up_proj" in problem.fix
-
-
-@pytest.mark.parametrize("inner", [InnerName.adamw, InnerName.adamw8bit])
-def test_a_run_learns_and_resumes(ftrun, inner):
-    if inner is InnerName.adamw8bit:
-        pytest.importorskip("bitsandbytes")
-    run = (
-        *TINY, "optimizer.lr=0.01", "optimizer.update_interval=3", "train.micro_batch_size=2", "train.log_every=1",
-        "train.max_steps=8", "data.rows=16", "train.save_every=4", "train.keep_checkpoints=9", "stage.num_samples=0",
-        f"optimizer.inner={inner}",
-    )  # fmt: skip
-    whole = ftrun(*run).sees(0)
-    assert whole.losses[-1] < whole.losses[0] - 0.05
-    copy = whole.folder.with_name("from4")
-    shutil.copytree(whole.folder, copy)
-    cut_off(copy, 4)
-    ftrun("resume", copy.name).sees(0)
-    assert comparable(copy) == comparable(whole.folder)
-    assert weights(copy) == weights(whole.folder)
