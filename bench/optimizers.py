@@ -165,10 +165,10 @@ def left_over(weight: Tensor, rank: int) -> Tensor:
 
 def many_steps(kinds: dict[str, Kind], steps: int) -> dict[str, list[float]]:
     """Take steps of all kinds in turn, and return their times. The first, in which states are made, does not count."""
-    grads = {}
+    grads: dict[tuple[int, torch.Size], Tensor] = {}
     for kind in kinds.values():
         for number, weight in enumerate(kind.weights):
-            grads.setdefault((number, weight.shape), gradient(*weight.shape, seed=number))
+            grads.setdefault((number, weight.shape), gradient(weight.shape[0], weight.shape[1], seed=number))
     noise = {shape: 0.1 * grad.std() * torch.randn_like(grad) for (_, shape), grad in grads.items()}
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for step in range(steps + 1):
@@ -275,7 +275,11 @@ def searches(rows: int, columns: int) -> dict[str, Callable[[], float]]:
     matrix = gradient(rows, columns, seed=1)
     matrix = matrix if rows <= columns else matrix.mT
     last = leading(matrix, RANK, Method.svd)
-    return {method: (lambda method=method: timed(lambda: leading(matrix, RANK, method, last))) for method in Method}
+
+    def search(method: Method) -> Callable[[], float]:
+        return lambda: timed(lambda: leading(matrix, RANK, method, last))
+
+    return {method: search(method) for method in Method}
 
 
 WATCHED = ["layers.5.mlp.gate_proj", "layers.15.self_attn.q_proj", "layers.15.mlp.down_proj", "layers.25.mlp.up_proj"]
@@ -285,7 +289,7 @@ def energy(asked: argparse.Namespace) -> None:
     """Print how much of the energy that the exact subspace holds is in one that is searched for."""
     kept: dict[str, dict[Method, list[float]]] = {name: {} for name in WATCHED}
     last: dict[tuple[str, Method], Tensor] = {}
-    for grads in gradients_of_model(asked, steps=4):
+    for grads in gradients_of_model(asked, steps=3):
         for name, grad in grads.items():
             matrix = grad if grad.shape[0] <= grad.shape[1] else grad.mT
             found = {}
@@ -295,7 +299,7 @@ def energy(asked: argparse.Namespace) -> None:
             for method, held in found.items():
                 kept[name].setdefault(method, []).append(held / found[Method.svd])
     title = f"energy of SmolLM2-135M's gradients in the subspace of rank {RANK}, of what the exact one holds: the least"
-    table = Table("", "randomized", "subspace", "wanted", title=f"{title} of 4 steps")
+    table = Table("", "randomized", "subspace", "wanted", title=f"{title} of 3 steps")
     for name, of in kept.items():
         table.add_row(name, f"{min(of[Method.randomized]):.2%}", f"{min(of[Method.subspace]):.2%}", ">= 98 %")
     console.print(table)
@@ -303,7 +307,7 @@ def energy(asked: argparse.Namespace) -> None:
 
 def gradients_of_model(asked: argparse.Namespace, steps: int) -> list[dict[str, Tensor]]:
     """Return the gradients of a few matrices in the first steps of a run."""
-    words = [*words_of_run(asked), f"output_dir={asked.folder / 'gradients'}"]
+    words = [*words_of_run(asked, max_length=256), f"output_dir={asked.folder / 'gradients'}"]
     cfg = Config.load(launch.freeze(launch.check(words), words) / record.RUN)
     tokenizer = loading.tokenizer(cfg)
     run = Run(cfg, dataset.load(cfg, tokenizer), tokenizer)
@@ -312,8 +316,8 @@ def gradients_of_model(asked: argparse.Namespace, steps: int) -> list[dict[str, 
     found = []
     for batch in run.batches(steps):
         model(**batch, use_cache=False).loss.backward()
-        watched = [(name, weight) for name, weight in model.named_parameters() if any(one in name for one in WATCHED)]
-        found.append({next(one for one in WATCHED if one in name): weight.grad.clone() for name, weight in watched})
+        grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append({name: grads[f"model.{name}.weight"].clone() for name in WATCHED})
         optimizer.step()
         optimizer.zero_grad()
     return found
@@ -398,6 +402,9 @@ def formulas() -> dict[str, tuple[str, Formula]]:
             moments * one.parameter.numel() * (4 if one.role is not Role.matrix else 1 + 4 / 256) for one in listed
         )
 
+    def vectors(listed: Sequence[Weight]) -> int:
+        return sum(one.parameter.numel() for one in listed if one.parameter.ndim < 2)
+
     def embeddings(listed: Sequence[Weight]) -> float:
         return sum(8 * one.parameter.numel() for one in listed if one.role is Role.embedding)
 
@@ -412,7 +419,7 @@ def formulas() -> dict[str, tuple[str, Formula]]:
         "apollo": ("2rn", projected(lambda _, n: 4 * 2 * r * n)),
         "apollo_mini": ("2n", projected(lambda _, n: 4 * 2 * n, rank=1)),
         "badam": ("2mn of the largest block", embeddings),
-        "badam_ratio": ("2mn / 20", each(8 / 20)),
+        "badam_ratio": ("2mn / 20", lambda listed: each(8 / 20)(listed) + 8 * 19 / 20 * vectors(listed)),
         "lisa": ("2mn of 2 layers and what is outside", lambda listed: in_turn(listed, others=True, layers=2)),
         "muon": ("mn", per_weight(lambda one: 4 * one.numel())),
         "adam_mini": ("mn + blocks", blocks_of),
@@ -479,18 +486,17 @@ class Watched(Full):
 
 RETURN_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LAYERWISE = " optimizer.layerwise=true"
-RUNS = ["adamw", "lomo"]
-RUNS_ = [
+RUNS = [
     "adamw", f"adamw{LAYERWISE}", "galore", f"galore{LAYERWISE}", f"apollo{LAYERWISE}", f"apollo_mini{LAYERWISE}",
     "badam optimizer.order=ascending optimizer.update_interval=2", "lisa", "muon", "adam_mini", "adamw_8bit", "lomo",
 ]  # fmt: skip
-RUN_STEPS = 4
+RUN_STEPS = 8
 
 
-def words_of_run(asked: argparse.Namespace) -> list[str]:
+def words_of_run(asked: argparse.Namespace, max_length: int = 64) -> list[str]:
     """Return what all runs have in common."""
     return [
-        "model=smollm2", f"data.path={asked.rows}", "data.max_length=64", "adapter=full", "seed=1",
+        "model=smollm2", f"data.path={asked.rows}", f"data.max_length={max_length}", "adapter=full", "seed=1",
         "train.micro_batch_size=4", f"train.max_steps={RUN_STEPS}", "train.gradient_checkpointing=true",
         f"train.log_every={RUN_STEPS // 2}", "train.save_every=0", "stage.num_samples=0", "train.warmup=0",
         "train.scheduler=constant", "train.precision=fp32", *([] if GPU else ["hardware=cpu"]),
@@ -499,7 +505,7 @@ def words_of_run(asked: argparse.Namespace) -> list[str]:
 
 def one_run(asked: argparse.Namespace, words: str) -> dict[str, float]:
     """Train by the command, and return what was seen and logged."""
-    folder = asked.folder / "runs" / words.replace(" ", "_")
+    folder = asked.folder / "runs" / str(RUNS.index(words))
     command = [
         str(Path(sys.executable).with_name("ftrun")), *words_of_run(asked), f"plugins=[{asked.folder / 'watched.py'}]",
         *f"optimizer={words}".split(), "adapter=watched", f"output_dir={folder}",
@@ -534,7 +540,8 @@ def memory(asked: argparse.Namespace) -> None:
         found = dict(zip(RUNS, pool.map(lambda words: one_run(asked, words), RUNS), strict=True))
     base, base_expected = found["adamw"]["MiB"], expected(asked, "adamw")
     table = Table(
-        "optimizer=", "MiB beyond the model", "state + gradients, MiB", "saved, MiB", "expected", "tokens / s",
+        "optimizer=", "MiB beyond the model", "state + gradients, MiB", "saved, MiB", "expected",
+        "tokens / s" if GPU else "tokens / CPU s",
         "loss of the last half",
         title=f"SmolLM2-135M, adapter=full, {RUN_STEPS} steps of 4 rows of at most 64 tokens, checkpointed activations",
     )  # fmt: skip

@@ -99,17 +99,18 @@ def _check(words: list[str]) -> int:
     from ftrun import launch
     from ftrun.display import console
 
-    if multirun := _without_multirun(words):
+    overrides = [word for word in words if word != _QUICK]
+    if multirun := _without_multirun(overrides):
         from ftrun import sweep
 
         console.print(f"[green]no problems[/] in {len(sweep.check(multirun))} runs")
         return 0
-    cfg = launch.check([word for word in words if word != _QUICK])
-    console.print("[green]no problems[/]")
-    if _QUICK not in words:
+    cfg = launch.check(overrides)
+    if len(overrides) == len(words):
         from ftrun import weights
 
         weights.show(cfg)
+    console.print("[green]no problems[/]")
     return 0
 
 

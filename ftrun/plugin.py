@@ -136,6 +136,10 @@ class Stage(Plugin):
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics a run ends with, any of which may be the ``objective``; the first is its default."""
 
+    def outline(self, model: nn.Module) -> nn.Module:
+        """Return a model without weights, on the meta device, with all that the stage adds to it before it trains."""
+        return model
+
     def run(self, cfg: Config) -> Result:
         """Do it. Every process of the run calls this once."""
         raise NotImplementedError

@@ -25,7 +25,7 @@ def table(out: str) -> dict[str, list[str]]:
 
 def test_every_weight_is_in_a_group_with_its_rate_and_decay(ftrun):
     out = ftrun("check", "model=tiny", "adapter=full", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1").sees(0).out
-    assert out.startswith("no problems")
+    assert out.strip().endswith("no problems")
     found = table(out)
     assert found["matrices"] == ["adamw", "16", f"{TINY:,}", "0.001", "0.1", "1.6 MiB"]
     assert found["vectors"] == ["adamw", "5", f"{NORMS:,}", "0.001", "0", "2.5 KiB"]
@@ -55,7 +55,8 @@ def test_an_adapter_is_counted_without_the_weights_that_it_starts_from(ftrun):
 
 def test_a_pattern_that_fits_nothing_is_a_problem_with_its_key(ftrun):
     done = ftrun("check", "model=tiny", "optimizer.groups=[{weights: nothing, lr: 1}]").sees(2)
-    assert "optimizer.groups: no weight that trains has 'nothing' in its name" in done.err
+    assert "optimizer.groups.0: no weight that trains has 'nothing' in its name" in done.err
+    assert "no problems" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,21 @@ def test_a_model_is_outlined_from_its_config_alone(ftrun, tmp_path: Path):
     head, score = len(tokenizer) * 32, 32
     scoring = ftrun(*words, "stage=rm").sees(0).out
     assert table(scoring)["in all"][1].replace(",", "") == str(int(trained) - head + score)
+
+
+def test_what_a_stage_adds_to_the_model_is_counted(ftrun):
+    words = ("check", "model=tiny", "adapter=full", "stage=ppo", "reward=count")
+    shared, separate = (ftrun(*words, f"stage.value_model={kind}").sees(0).out for kind in ("shared", "separate"))
+    head, value = 1024 * 64, 64 + 1
+    assert table(shared)["in all"][:2] == ["23", f"{TINY + NORMS + value:,}"]
+    assert table(separate)["in all"][1] == f"{2 * (TINY + NORMS) - head + value:,}"
+
+
+def test_keys_for_weights_of_which_none_trains_are_problems(ftrun):
+    done = ftrun("check", "model=tiny", "adapter=lora", "optimizer.embedding_lr=1").sees(2)
+    assert "optimizer.embedding_lr: no embedding trains" in done.err
+    shadowed = "optimizer.groups=[{weights: layers, lr: 1}, {weights: 'layers.0', lr: 1}]"
+    assert (
+        "optimizer.groups.1: every weight that 'layers.0' fits is in a group before it"
+        in ftrun("check", "model=tiny", shadowed).sees(2).err
+    )

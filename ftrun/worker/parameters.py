@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -113,32 +113,53 @@ def groups(
         first: the rate of the first group is the one that is logged.
 
     Raises:
-        ConfigError: A pattern is found in the name of no weight that trains.
+        ConfigError: A key is for weights of which none trains.
     """
     assert chosen.lr is not None
-    unused = {group.weights for group in chosen.groups}
+    found = weights(model)
+    fits = [
+        {number for number, group in enumerate(chosen.groups) if re.search(group.weights, one.name)} for one in found
+    ]
+    if problems := [*_without_weights(chosen, found, fits)]:
+        raise ConfigError(problems)
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for weight in weights(model):
+    for weight, numbers in zip(found, fits, strict=True):
         name = "matrices" if weight.decays else "vectors"
         lr, decay = chosen.lr, chosen.weight_decay if weight.decays else 0.0
         if weight.role is Role.embedding and chosen.embedding_lr is not None:
             name, lr = "embeddings", chosen.embedding_lr
-        for group in chosen.groups:
-            if re.search(group.weights, weight.name):
-                unused.discard(group.weights)
-                name = group.weights
-                lr = (lr if group.lr is None else group.lr) * group.lr_scale
-                decay = decay if group.weight_decay is None else group.weight_decay
-                break
+        if numbers:
+            group = chosen.groups[min(numbers)]
+            name, lr = group.weights, (lr if group.lr is None else group.lr) * group.lr_scale
+            decay = decay if group.weight_decay is None else group.weight_decay
         rule = rule_of(weight)
         group_of = made.setdefault(
             (rule, name, lr, decay), {"params": [], "lr": lr, "weight_decay": decay, "rule": rule, "name": name}
         )
         group_of["params"].append(weight.parameter)
-    if unused:
-        names = ", ".join(name for name, _ in trained(model)[:3])
-        fix = f"a part of names such as {names} (`ftrun check` prints the groups)"
-        raise ConfigError(
-            [Problem("optimizer.groups", f"no weight that trains has {one!r} in its name", fix) for one in unused]
-        )
     return sorted(made.values(), key=lambda group: group["lr"] != chosen.lr)
+
+
+def _without_weights(chosen: Optimizer, found: Sequence[Weight], fits: Sequence[set[int]]) -> Iterator[Problem]:
+    """Yield the keys that are for weights of which none trains.
+
+    Args:
+        chosen: The keys.
+        found: The weights that train.
+        fits: The numbers of the groups whose pattern fits each.
+    """
+    if not found:
+        yield Problem("optimizer", "no weight is left for it to train", "an adapter that trains some")
+        return
+    names = ", ".join(weight.name for weight in found[:3])
+    for number, group in enumerate(chosen.groups):
+        if any(number == min(numbers, default=None) for numbers in fits):
+            continue
+        key, fix = f"optimizer.groups.{number}", f"a part of names such as {names} (`ftrun check` prints the groups)"
+        message = f"no weight that trains has {group.weights!r} in its name"
+        if any(number in numbers for numbers in fits):
+            message, fix = f"every weight that {group.weights!r} fits is in a group before it", "another order"
+        yield Problem(key, message, fix)
+    if chosen.embedding_lr is not None and all(weight.role is not Role.embedding for weight in found):
+        fix = "leave it out, or an adapter that trains embeddings: adapter.modules_to_save=[embed_tokens]"
+        yield Problem("optimizer.embedding_lr", "no embedding trains", fix)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 VALUE_HEAD = "value_head.safetensors"
 """In a run's folder and in each checkpoint: the weights of the value model that train."""
 
-_ATTACHED = "value_model"
+VALUE_MODEL = "value_model"
 
 _Estimates = dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 _ESTIMATES: _Estimates = {"k1": kl_k1, "k3": kl_k3}
@@ -163,7 +163,7 @@ class PPOTrainer(RunTrainer):
         separate, checkpointing = stage.value_model == "separate", cfg.train.gradient_checkpointing
         self.value_model = value_model(policy, separate=separate, gradient_checkpointing=checkpointing)
         # Part of the model while it trains: the optimizer, the clipping of gradients and the processes see one model.
-        policy.add_module(_ATTACHED, self.value_model)
+        policy.add_module(VALUE_MODEL, self.value_model)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -172,12 +172,12 @@ class PPOTrainer(RunTrainer):
     @contextlib.contextmanager
     def policy_alone(self) -> Iterator[None]:
         """While inside, the model is the policy and nothing else."""
-        attached = self.model._modules.pop(_ATTACHED, None)
+        attached = self.model._modules.pop(VALUE_MODEL, None)
         try:
             yield
         finally:
             if attached is not None:
-                self.model.add_module(_ATTACHED, attached)
+                self.model.add_module(VALUE_MODEL, attached)
 
     # Rollouts
 

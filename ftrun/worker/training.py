@@ -48,7 +48,7 @@ from ftrun.worker.conduct import Conduct
 from ftrun.worker.guard import Guard
 from ftrun.worker.head import Head
 from ftrun.worker.media import processor
-from ftrun.worker.optim.ruled import Layerwise
+from ftrun.worker.optim.ruled import Layerwise, Ruled
 from ftrun.worker.stream import Stream
 
 if TYPE_CHECKING:
@@ -173,12 +173,11 @@ class RunTrainer(Trainer):
 
     def _refuse_shards(self) -> None:
         chosen = self.run.cfg.optimizer
-        wanted = f"optimizer={chosen.name} looks at whole weights, and"
         if self.is_deepspeed_enabled and not chosen.elementwise:
-            message = f"{wanted} ZeRO gives it pieces of flattened ones"
+            message = f"optimizer={chosen.name} needs the model's own weights, and ZeRO gives it pieces of flat copies"
             raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without DeepSpeed")])
         if self.is_fsdp_enabled and not chosen.takes_shards:
-            message = f"{wanted} FSDP gives it shards of them"
+            message = f"optimizer={chosen.name} looks at whole weights, and FSDP gives it shards of them"
             raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without FSDP")])
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -210,7 +209,7 @@ class RunTrainer(Trainer):
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """While inside, have the weights that the run would end with, if its optimizer trains at others."""
-        return self._optimizer.averaged() if hasattr(self._optimizer, "averaged") else contextlib.nullcontext()
+        return self._optimizer.averaged() if isinstance(self._optimizer, Ruled) else contextlib.nullcontext()
 
     def remember(self) -> Callable[[], None]:
         """Return what takes back the metrics of the step that begins now."""
@@ -437,7 +436,7 @@ class RunTrainer(Trainer):
         if self.best.step and self.best.step < self.state.global_step:
             best = self.run.folder / record.CHECKPOINTS / f"step-{self.best.step}"
             self._load_from_checkpoint(str(best), self.model)
-            if hasattr(self._optimizer, "averaged"):  # its state tells the average
+            if getattr(self._optimizer, "averages", False):  # its state tells of what
                 self._load_optimizer_and_scheduler(str(best))
 
 

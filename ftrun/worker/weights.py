@@ -20,7 +20,7 @@ def answer(cfg: Config, output: TextIO) -> None:
     ``state_bytes`` is null where an optimizer cannot take a step without weights.
     """
     run = Outline(cfg)
-    model = cfg.adapter.outline(loading.outline(cfg), run).to("meta")
+    model = cfg.stage.outline(cfg.adapter.outline(loading.outline(cfg), run)).to("meta")
     optimizer = cfg.optimizer.build(model, run)
     states = _states(optimizer)
     for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ def refuse(name: str, *, fsdp: bool = False, deepspeed: bool = False) -> None:
 
 @pytest.mark.parametrize("name", ["galore", "muon", "adam_mini", "badam", "adafactor", "adamw_8bit"])
 def test_zero_is_refused_to_what_looks_at_whole_weights(name):
-    with pytest.raises(ConfigError, match=f"optimizer={name} looks at whole weights, and ZeRO"):
+    with pytest.raises(ConfigError, match=f"optimizer={name} needs the model's own weights, and ZeRO"):
         refuse(name, deepspeed=True)
 
 

@@ -32,7 +32,7 @@ class AdamW(Rule):
     def start(self, weight: Tensor, number: int = 0) -> State:
         """Two moments of the weight's shape and type."""
         return {
-            "step": torch.zeros((), device=weight.device if weight.is_cuda else "cpu"),
+            "step": torch.zeros((), device=weight.device),
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
         }

@@ -102,7 +102,7 @@ class Apollo(Rule):
         if self.method is not None:
             if steps % self.update_interval == 0:
                 last = state["basis"] if steps else None
-                state["basis"] = leading(grad.mT, self.rank, self.method, last, state["seed"] + steps).to(grad.dtype)
+                state["basis"] = leading(grad.mT, self.rank, self.method, last).to(grad.dtype)
             return cast(Tensor, state["basis"])
         size, draw = grad.shape[-1], (state["seed"], steps // self.update_interval)
         place = (size, grad.device, grad.dtype)

@@ -126,8 +126,10 @@ class InTurns(Ruled):
 
     def with_state(self) -> list[Tensor]:
         """Return the weights of the largest blocks that may have their turn together, and those that are in none."""
-        largest = sorted(self.blocks, key=lambda block: sum(weight.numel() for weight in block), reverse=True)
-        waiting = {weight for block in largest[len(self.turns(0)) :] for weight in block}
+        some = {number for period in range(len(self.blocks)) for number in self.turns(period)}
+        largest = sorted(some, key=lambda number: sum(weight.numel() for weight in self.blocks[number]), reverse=True)
+        chosen = largest[: len(self.turns(0))]
+        waiting = {one for number, block in enumerate(self.blocks) if number not in chosen for one in block}
         return [weight for weight in super().with_state() if weight not in waiting]
 
     @torch.no_grad()

@@ -156,17 +156,18 @@ class Adafactor:
     """
 
     def start(self, weight: Tensor) -> State:
-        """Means of rows and of columns."""
-        rows, columns = weight.new_zeros(weight.shape[:-1]), weight.new_zeros(*weight.shape[:-2], weight.shape[-1])
-        return {"step": 0, "row": rows, "column": columns}
+        """Means of rows and of columns, in float32: in bfloat16 they would soon cease to move."""
+        *batch, rows, columns = weight.shape
+        empty = weight.new_empty((), dtype=torch.float32)
+        return {"step": 0, "row": empty.new_zeros(*batch, rows), "column": empty.new_zeros(*batch, columns)}
 
     def direction(self, grad: Tensor, state: State) -> Tensor:
         """Divide by the root of the product of the means."""
         state["step"] += 1
         squares = grad.float().square().add_(1e-30)
         for name, dim in (("row", -1), ("column", -2)):
-            state[name].lerp_(squares.mean(dim).to(state[name].dtype), state["step"] ** -0.8)
-        rows, columns = state["row"].float(), state["column"].float()
+            state[name].lerp_(squares.mean(dim), state["step"] ** -0.8)
+        rows, columns = state["row"], state["column"]
         share = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
         way = -grad * share.unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
         return way.div_(way.square().mean((-2, -1), keepdim=True).sqrt_().clamp_(min=1.0)).to(grad.dtype)

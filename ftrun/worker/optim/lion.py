@@ -24,10 +24,10 @@ class Lion(Rule):
 
     def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Step by the signs of the blend, and only then take the gradients into the momentum."""
-        momenta, latest = [state["momentum"] for state in states], list(grads)
-        signs = torch._foreach_lerp(momenta, latest, 1 - self.beta1)
-        torch._foreach_sign_(signs)
-        torch._foreach_lerp_(momenta, latest, 1 - self.beta2)
-        if weight_decay:
-            torch._foreach_mul_(list(weights), 1 - lr * weight_decay)
-        torch._foreach_add_(list(weights), signs, alpha=-lr)
+        # One after the other: the signs of all of them together would take as much memory as the model.
+        for weight, grad, state in zip(weights, grads, states, strict=True):
+            signs = torch.lerp(state["momentum"], grad, 1 - self.beta1).sign_()
+            state["momentum"].lerp_(grad, 1 - self.beta2)
+            if weight_decay:
+                weight.mul_(1 - lr * weight_decay)
+            weight.add_(signs, alpha=-lr)

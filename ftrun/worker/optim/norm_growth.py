@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-30
-"""Stands for the norm of a vector of zeros: what is divided by it is multiplied by zeros later."""
+_TINY = 1e-18
+"""Least length that is divided by: the square of a shorter one would be lost in float32, and what all but vanishes
+would be multiplied by the inverse of nothing."""
 
 
 def norm(matrix: Tensor) -> Tensor:

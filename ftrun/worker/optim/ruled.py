@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -58,10 +59,13 @@ class Ruled(torch.optim.Optimizer):
     layerwise: Layerwise | None = None
     """What updates the weights in the backward pass, if anything does."""
 
+    averages: ClassVar[bool] = False
+    """Whether the weights that a run ends with are others than those that it trains at."""
+
     def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, Rule]) -> None:
         self.rules = rules
         super().__init__(groups, {})
-        keep_types(self)
+        keep_types(self, on_weights=True)
         self._numbers = {weight: number for number, weight in enumerate(self._weights())}
 
     def start(self, group: dict[str, Any], weight: Tensor, like: Tensor | None = None) -> State:
@@ -77,6 +81,10 @@ class Ruled(torch.optim.Optimizer):
 
     def _weights(self) -> Iterator[Tensor]:
         return (weight for group in self.param_groups for weight in group["params"])
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """While inside, have the weights that a run would end with now."""
+        return contextlib.nullcontext()
 
     def with_state(self) -> list[Tensor]:
         """Return the weights that have a state at one time: those of which there are most bytes, if others follow."""
@@ -122,8 +130,14 @@ class Ruled(torch.optim.Optimizer):
         weight.to_local().copy_(everywhere.redistribute(mesh, weight.placements).to_local())
 
 
-def keep_types(optimizer: torch.optim.Optimizer) -> None:
-    """Have a state loaded in the types that it was saved in: torch casts tensors to the type of their weight."""
+def keep_types(optimizer: torch.optim.Optimizer, *, on_weights: bool = False) -> None:
+    """Have a state loaded in the types that it was saved in: torch casts tensors to the type of their weight.
+
+    Args:
+        optimizer: What loads it.
+        on_weights: Whether all of it belongs on the weight's device. Otherwise that is left to torch, which leaves
+            the count of steps where the file was read to.
+    """
     saved: list[dict[str, Any]] = []
 
     def restore(_: torch.optim.Optimizer) -> None:
@@ -134,7 +148,8 @@ def keep_types(optimizer: torch.optim.Optimizer) -> None:
             for name, value in found["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     state = optimizer.state[weight]
-                    state[name] = value.to(device=state[name].device, copy=True)
+                    place = weight.device if on_weights else state[name].device
+                    state[name] = value.to(device=place, copy=True)
 
     optimizer.register_load_state_dict_pre_hook(lambda _, state: saved.append(state))
     optimizer.register_load_state_dict_post_hook(restore)
@@ -164,6 +179,8 @@ class Layerwise:
     def norm(self) -> Tensor:
         """The norm of the whole gradient of the step so far, before clipping."""
         norms = list(self._norms.values())
+        if not norms:
+            return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     @torch.no_grad()

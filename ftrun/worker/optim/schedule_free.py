@@ -66,6 +66,8 @@ class ScheduleFree(Rule):
 class Averaging(Ruled):
     """Applies the rule, and shows what it comes to."""
 
+    averages = True
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """While inside, the weights are x: what is evaluated, and what a run ends with.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ftrun.errors import RunFailed
+
 if TYPE_CHECKING:
     from ftrun_plugins.optimizer._projected import Method
 
@@ -29,8 +31,23 @@ def leading(matrix: Tensor, rank: int, method: Method, start: Tensor | None = No
 
     Returns:
         ``(..., rows, rank)`` in float32.
+
+    Raises:
+        RunFailed: The matrix is not finite.
     """
     matrix = matrix.float()
+    try:
+        basis = _leading(matrix, rank, method, start, seed)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise RunFailed("a gradient is not finite, so it has no leading subspace") from error
+    if start is None:
+        return basis
+    # Of several matrices, experts for one, some may have no gradient in this step: they keep what they have.
+    is_zero = matrix.abs().amax((-2, -1), keepdim=True) == 0
+    return torch.where(is_zero, start.float(), basis)
+
+
+def _leading(matrix: Tensor, rank: int, method: Method, start: Tensor | None, seed: int) -> Tensor:
     if method == "svd":
         return _svd(matrix, rank)
     width = min(rank + _OVERSAMPLING, *matrix.shape[-2:])

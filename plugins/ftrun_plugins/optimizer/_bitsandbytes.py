@@ -35,7 +35,8 @@ class EightBit(Optimizer):
     """Number of elements below which a weight keeps 32 bits of state: norms gain no memory, and lose precision."""
 
     paged: bool = False
-    """Let the GPU's driver move states to the machine's memory where the GPU's is full, and back for each step."""
+    """Let the GPU's driver move states to the machine's memory where the GPU's is full, and back for each step. After a
+    resumption bitsandbytes keeps them in the GPU's."""
 
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield paging on a device that is known to have none."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ftrun.config import Config
     from ftrun.worker.optim.blocks import Turns
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -39,13 +38,9 @@ class InParts(AdamLike):
 
         return Mastered(beta1=self.beta1, beta2=self.beta2, eps=self.eps)
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
-        return {"adamw": self.adamw()}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "adamw"
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
+        return self.adamw()
 
 
 @dataclass(kw_only=True)
@@ -111,7 +106,8 @@ def told(chosen: int | None, run: Run, num_parts: int, parts: str) -> Callable[[
         found = interval(chosen, run, num_parts)
         text = f"{num_parts} {parts} take turns of {found} steps each"
         num_turns = -(-run.total_steps // found)
-        events.send("note", text=text if num_turns >= num_parts else f"{text}, and the run ends after {num_turns}")
+        if num_parts > 1:
+            events.send("note", text=text if num_turns >= num_parts else f"{text}, and the run ends after {num_turns}")
         return found
 
     return steps

@@ -64,7 +64,7 @@ class Foreign(Optimizer):
             raise ConfigError(problems)
         try:
             optimizer = cls(groups, lr=self.lr, **arguments)  # type: ignore[call-arg]
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # a class may raise anything
             fix = "other values, or another optimizer"
             raise ConfigError([Problem("optimizer.args", f"{cls.__name__} refuses: {error}", fix)]) from error
         keep_types(optimizer)
@@ -76,7 +76,7 @@ def _unfit(cls: Any, groups: Collection[dict[str, Any]], arguments: Mapping[str,
     takes, name = _after_the_first(cls), cls.__name__
     others = [one for one in takes if one not in _KEYS]
     anything = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(cls).parameters.values())
-    for one in () if anything else arguments.keys() - takes.keys():
+    for one in () if anything else sorted(arguments.keys() - takes.keys()):
         message = f"{name} has no such argument{did_you_mean(one, others)}"
         yield Problem(f"optimizer.args.{one}", message, f"one of {', '.join(others)}")
     for one in others:

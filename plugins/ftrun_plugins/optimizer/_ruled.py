@@ -42,23 +42,25 @@ class LayerwiseRuled(Optimizer):
             yield from layerwise_problems(cfg, *self.asked)
 
     def settle(self, cfg: Config) -> None:
-        """Refuse several processes, which may be known only now.
+        """Refuse what may be known only now: several processes, fp16.
 
         Raises:
-            ConfigError: There are several.
+            ConfigError: It is so.
         """
-        if self.in_backward and (cfg.hardware.num_processes or 1) > 1:
-            key, instead = self.asked
-            fix = f"hardware.num_processes=1, or {instead}"
-            raise ConfigError([Problem(key, _ONE_PROCESS, fix)])
+        if self.in_backward and (problems := list(layerwise_problems(cfg, *self.asked))):
+            raise ConfigError(problems)
+
+    def rule(self, run: Run) -> Rule:
+        """Return the rule for all weights, of an optimizer that has one."""
+        raise NotImplementedError
 
     def rules(self, run: Run) -> dict[str, Rule]:
         """Return the rules by name."""
-        raise NotImplementedError
+        return {self.name: self.rule(run)}
 
     def rule_of(self, weight: Weight) -> str:
         """Return the name of the rule for a weight."""
-        raise NotImplementedError
+        return self.name
 
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         """Return the optimizer that applies each rule to its weights."""
@@ -97,12 +99,7 @@ class Ruled(LayerwiseRuled):
         return self.layerwise
 
 
-_ONE_PROCESS = "several processes average their gradients when the backward pass is over, and by then each is used up"
-
-
-def layerwise_problems(
-    cfg: Config, key: str = "optimizer.layerwise", instead: str = "optimizer.layerwise=false"
-) -> Iterator[Problem]:
+def layerwise_problems(cfg: Config, key: str, instead: str) -> Iterator[Problem]:
     """Yield what a run asks for that cannot be done where gradients are used up in the backward pass.
 
     Args:
@@ -111,6 +108,9 @@ def layerwise_problems(
         instead: What to type in order not to.
     """
     train = cfg.train
+    if (cfg.hardware.num_processes or 1) > 1:
+        message = "several processes average their gradients after the backward pass, and by then each is used up"
+        yield Problem(key, message, f"hardware.num_processes=1, or {instead}")
     if train.grad_accumulation > 1:
         message = "the gradients of several micro batches would have to be kept until the last one, all of them"
         fix = f"train.grad_accumulation=1 with a larger train.micro_batch_size, or {instead}"

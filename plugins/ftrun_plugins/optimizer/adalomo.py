@@ -11,7 +11,6 @@ from ftrun_plugins.optimizer._ruled import LayerwiseRuled
 
 if TYPE_CHECKING:
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -39,12 +38,8 @@ class AdaLomo(LayerwiseRuled):
     """Root mean square that a weight is taken to have at least, as updates are scaled by it: what lets a weight leave
     zero."""
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
         from ftrun.worker.optim.lomo import AdaLomo
 
-        return {"adalomo": AdaLomo(decay_rate=self.decay_rate, clip_threshold=self.clip_threshold, eps=self.eps)}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "adalomo"
+        return AdaLomo(decay_rate=self.decay_rate, clip_threshold=self.clip_threshold, eps=self.eps)

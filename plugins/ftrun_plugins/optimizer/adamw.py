@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
 
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -25,13 +24,9 @@ class AdamW(AdamLike):
     elementwise: ClassVar[bool] = True
     name: str = "adamw"
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
-        return {"adamw": self.adamw()}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "adamw"
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
+        return self.adamw()
 
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         """Return torch's optimizer, with the fused kernel where the device has one; ours takes the same steps."""

@@ -101,12 +101,17 @@ class BAdam(InTurns):
         """Return the optimizer that the blocks take turns in.
 
         Raises:
-            ConfigError: There is no block of the number to begin with.
+            ConfigError: There is no block of the number to begin with, or nothing to leave out.
         """
+        from ftrun.worker.media import encoders
         from ftrun.worker.optim.blocks import of_everything
 
         self._leave_out(model)
-        blocks = of_everything(model, split=self.blocks is Unit.module)
+        # A batch without media gives what encodes them no gradient, so it has no turn of its own: it trains always.
+        of_media = {id(weight) for weight in encoders.parameters(model).values()}
+        everything = of_everything(model, split=self.blocks is Unit.module)
+        blocks = {name: [one for one in block if id(one) not in of_media] for name, block in everything.items()}
+        blocks = {name: block for name, block in blocks.items() if block}
         num_parts = 1 if self.order is Order.fixed else len(blocks)
         steps = told(self.update_interval, run, num_parts, "blocks")
         return self.in_turns(model, run, [*blocks.values()], self._turns([*blocks], run.cfg.seed), steps)
@@ -115,9 +120,14 @@ class BAdam(InTurns):
         """Freeze what is to be no block."""
         from ftrun.worker.parameters import Role, weights
 
-        for weight in weights(model):
-            if not {Role.embedding: self.embeddings, Role.head: self.head}.get(weight.role, True):
-                weight.parameter.requires_grad_(False)
+        found = weights(model)
+        for key, wanted, role in (("embeddings", self.embeddings, Role.embedding), ("head", self.head, Role.head)):
+            left_out = [weight.parameter for weight in found if weight.role is role]
+            if not wanted and not left_out:
+                message = f"no {role} of its own trains, so there is nothing to leave out"
+                raise ConfigError([Problem(f"optimizer.{key}", message, f"optimizer.{key}=true")])
+            for parameter in left_out:
+                parameter.requires_grad_(wanted)
 
     def _turns(self, names: list[str], seed: int) -> Turns:
         from ftrun.worker.optim import blocks

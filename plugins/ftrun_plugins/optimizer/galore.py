@@ -69,8 +69,8 @@ class GaLore(Projected):
     random directions (randomized) or from the last subspace (subspace), at a few hundredths of the cost."""
 
     spread: bool = True
-    """Spread the searches of the matrices over the interval, so that no step waits for all of them. Otherwise all
-    take place in the same step, as in the paper."""
+    """Spread the searches of the matrices over the interval, so that no step but the first waits for all of them.
+    Otherwise all take place in the same step, as in the paper."""
 
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield what the inner optimizer needs."""

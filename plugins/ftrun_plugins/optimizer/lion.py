@@ -11,7 +11,6 @@ from ftrun_plugins.optimizer._ruled import Ruled
 
 if TYPE_CHECKING:
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -34,12 +33,8 @@ class Lion(Ruled):
     beta2: float = ranged(0.99, ge=0, lt=1)
     """Decay of the momentum. The paper trains language models with 0.95 and 0.98."""
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
         from ftrun.worker.optim import lion
 
-        return {"lion": lion.Lion(beta1=self.beta1, beta2=self.beta2)}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "lion"
+        return lion.Lion(beta1=self.beta1, beta2=self.beta2)

@@ -10,7 +10,6 @@ from ftrun_plugins.optimizer._ruled import LayerwiseRuled
 
 if TYPE_CHECKING:
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -26,12 +25,8 @@ class Lomo(LayerwiseRuled):
     lr_scale: ClassVar[float] = 600.0
     name: str = "lomo"
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
         from ftrun.worker.optim.lomo import Lomo
 
-        return {"lomo": Lomo()}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "lomo"
+        return Lomo()

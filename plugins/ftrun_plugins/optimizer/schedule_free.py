@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ftrun.config import Config
     from ftrun.worker.optim import ruled
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -62,18 +61,13 @@ class ScheduleFree(Ruled):
             message = "without a warm-up all steps have one rate and count alike, so it would change nothing"
             yield Problem("optimizer.weight_lr_power", message, "train.warmup=0.03, or leave it out")
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
         from ftrun.worker.optim.schedule_free import ScheduleFree
 
-        rule = ScheduleFree(
+        return ScheduleFree(
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, r=self.r, weight_lr_power=self.weight_lr_power
         )
-        return {"schedule_free": rule}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "schedule_free"
 
     def applying(self) -> type[ruled.Ruled]:
         """Return what can show the mean."""

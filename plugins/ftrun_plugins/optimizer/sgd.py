@@ -14,7 +14,6 @@ from ftrun_plugins.optimizer._ruled import Ruled
 if TYPE_CHECKING:
     from ftrun.config import Config
     from ftrun.worker.optim.ruled import Rule
-    from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
 
 
@@ -42,12 +41,8 @@ class SGD(Ruled):
             message = "it looks ahead along the momentum, and there is none"
             yield Problem("optimizer.nesterov", message, "optimizer.momentum=0.9, or optimizer.nesterov=false")
 
-    def rules(self, run: Run) -> dict[str, Rule]:
-        """One for all."""
+    def rule(self, run: Run) -> Rule:
+        """Return the one rule."""
         from ftrun.worker.optim import sgd
 
-        return {"sgd": sgd.SGD(momentum=self.momentum, nesterov=self.nesterov)}
-
-    def rule_of(self, weight: Weight) -> str:
-        """One for all."""
-        return "sgd"
+        return sgd.SGD(momentum=self.momentum, nesterov=self.nesterov)

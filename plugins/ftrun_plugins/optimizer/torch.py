@@ -81,5 +81,7 @@ def _imported(path: str) -> type[TorchOptimizer]:
     ]
     if name not in known:
         message = f"{module_name} has no optimizer {name}{did_you_mean(name, known)}"
-        raise ConfigError([Problem("optimizer.cls", message, f"one of {', '.join(known) or 'another module'}")])
+        raise ConfigError(
+            [Problem("optimizer.cls", message, f"one of {', '.join(known)}" if known else "another module")]
+        )
     return getattr(module, name)

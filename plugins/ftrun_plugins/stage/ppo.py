@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ftrun.anchor import Anchored
 from ftrun.data import MESSAGES, ROWS
@@ -16,6 +16,9 @@ from ftrun.train import Train
 from ftrun_plugins.stage._rewarded import check_direction
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from ftrun.config import Config
     from ftrun.record import Result
 
@@ -153,6 +156,15 @@ class PPO(Anchored, Stage):
             if getattr(self, key) != getattr(type(self), key):
                 message = "stage.kl_coef=0 leaves the reference out, so nothing reads it"
                 yield Problem(f"stage.{key}", message, "stage.kl_coef=0.05, for example, or leave it out")
+
+    def outline(self, model: nn.Module) -> nn.Module:
+        """Put the value model into the policy."""
+        from ftrun.worker import ppo
+
+        separate = self.value_model == "separate"
+        policy = cast("PreTrainedModel", model)
+        policy.add_module(ppo.VALUE_MODEL, ppo.value_model(policy, separate=separate, gradient_checkpointing=False))
+        return policy
 
     def run(self, cfg: Config) -> Result:
         """Load, encode, let the model reply, judge, train, and say how it went."""

@@ -229,3 +229,18 @@ def test_a_rate_of_zero_moves_nothing():
     weight = torch.randn(WIDE)
     after, _ = run(Apollo(adam=ADAM, rank=4), weight, gradients(WIDE, 3), lr=0.0, decay=0.1)
     assert torch.equal(weight, after)
+
+
+@pytest.mark.parametrize("growth", [0, 1.01])
+def test_a_channel_whose_gradient_all_but_vanishes_makes_no_long_step(growth):
+    rule, weight = Apollo(adam=ADAM, rank=4, growth=growth, seed=5), torch.zeros(16, 32)
+    state, grads = rule.start(weight), gradients((16, 32), 4)
+    for grad in grads[:3]:
+        rule.update([weight], [grad.clone()], [state], lr=1.0, weight_decay=0.0)
+    before, usual = weight.clone(), float(weight.norm())
+    grads[3] = grads[2].clone()
+    grads[3][:, 7] *= 1e-25
+    rule.update([weight], [grads[3]], [state], lr=1.0, weight_decay=0.0)
+    step = weight - before
+    assert float(step.norm()) < usual
+    assert float(step[:, 7].norm()) < float(step.norm()) / 2
