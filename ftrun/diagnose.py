@@ -172,6 +172,17 @@ ELSEWHERE = {
     "finetuning_type": "adapter", "lora_rank": "adapter.rank", "lora_r": "adapter.rank", "r": "adapter.rank",
     "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "lora_target": "adapter.targets",
     "target_modules": "adapter.targets", "use_dora": "adapter.use_dora", "use_rslora": "adapter.use_rslora",
+    "use_galore": "optimizer=galore", "use_apollo": "optimizer=apollo", "use_badam": "optimizer=badam",
+    "use_muon": "optimizer=muon", "use_adam_mini": "optimizer=adam_mini", "use_loraplus": "optimizer=loraplus",
+    "loraplus_lr_ratio": "optimizer=loraplus optimizer.ratio", "galore_rank": "optimizer.rank",
+    "galore_scale": "optimizer.scale", "galore_target": "optimizer.targets", "galore_layerwise": "optimizer.layerwise",
+    "galore_proj_type": "optimizer.projection", "galore_update_interval": "optimizer.update_interval",
+    "apollo_rank": "optimizer.rank", "apollo_scale": "optimizer.scale", "apollo_target": "optimizer.targets",
+    "apollo_scale_type": "optimizer.scaling", "apollo_proj": "optimizer.projection",
+    "apollo_proj_type": "optimizer.side", "apollo_layerwise": "optimizer.layerwise",
+    "apollo_update_interval": "optimizer.update_interval", "badam_switch_mode": "optimizer.order",
+    "badam_switch_interval": "optimizer.update_interval", "badam_start_block": "optimizer.start_block",
+    "badam_update_ratio": "optimizer=badam_ratio optimizer.ratio", "badam_mask_mode": "optimizer.mask",
     "optim": "optimizer", "learning_rate": "optimizer.lr", "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
     "batch_size": "train.micro_batch_size", "per_device_train_batch_size": "train.micro_batch_size",
@@ -201,7 +212,9 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
         message = f"is not a key of {group}={base[group].name}, but of {', '.join(f'{group}={n}' for n in owners)}"
         return Problem(key, message, f"{group}={owners[0]} {key}=..., or leave {key} out")
     if here := ELSEWHERE.get(key):
-        return Problem(key, f"is called {here} here", f"{here}=...")
+        # Of what was a switch there, the whole word is known.
+        chosen = "=" in here.rpartition(" ")[2]
+        return Problem(key, f"is called {here} here", here if chosen else f"{here}=...")
     known = sorted(_leaves(base))
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]

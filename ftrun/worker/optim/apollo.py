@@ -90,7 +90,7 @@ class Apollo(Rule):
     def _rows(self, matrix: Tensor) -> Tensor:
         """Return a view of which each row gets a factor, and whose columns are projected."""
         rows, columns = matrix.shape[-2:]
-        left = rows <= columns if self.left is None else self.left
+        left = rows < columns if self.left is None else self.left
         return matrix.mT if left else matrix
 
     def _alpha(self, size: int) -> float:
