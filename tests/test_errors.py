@@ -164,7 +164,7 @@ OPTIONS = [
     case("misspelt flag", ["--hlep"], "--hlep: ", "KEY=VALUE", "fix: ftrun --help", never=("hlep=",)),
     case("another tool's switch", ["check", "use_galore=true"], "use_galore: is called optimizer=galore here",
          "fix: optimizer=galore"),
-    case("another tool's key", ["check", "badam_switch_mode=ascending"], "fix: optimizer.order=..."),
+    case("another tool's key", ["check", "badam_switch_mode=ascending"], "badam_switch_mode: is called", "fix: optimizer.order=..."),
     case("flag", ["check", "--stage=dpo"], "--stage=dpo: ", "KEY=VALUE", "fix: stage=dpo"),
     case("flag with dashes", ["check", "--max-length=64"], "--max-length=64: ", "KEY=VALUE", "max_length=64"),
     case("size that the family does not have", "check model=qwen2 model.size=9B", "model.size: ", "no size 9B", "0.5B",
