@@ -213,8 +213,8 @@ def _unknown_key(base: DictConfig, key: str) -> Problem:
         return Problem(key, message, f"{group}={owners[0]} {key}=..., or leave {key} out")
     if here := ELSEWHERE.get(key):
         # Of what was a switch there, the whole word is known.
-        chosen = "=" in here.rpartition(" ")[2]
-        return Problem(key, f"is called {here} here", here if chosen else f"{here}=...")
+        is_whole = "=" in here.rpartition(" ")[2]
+        return Problem(key, f"is called {here} here", here if is_whole else f"{here}=...")
     known = sorted(_leaves(base))
     last = key.rpartition(".")[2]
     same_name = [other for other in known if other.rpartition(".")[2] == last]

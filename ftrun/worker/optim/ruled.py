@@ -66,7 +66,6 @@ class Ruled(torch.optim.Optimizer):
         self.rules = rules
         super().__init__(groups, {})
         keep_types(self, on_weights=True)
-        self._numbers = {weight: number for number, weight in enumerate(self._weights())}
 
     def start(self, group: dict[str, Any], weight: Tensor, like: Tensor | None = None) -> State:
         """Return what the rule of a group keeps of a weight before its first step.
@@ -76,8 +75,8 @@ class Ruled(torch.optim.Optimizer):
             weight: The weight.
             like: A tensor of its whole shape, if ``weight`` is a shard.
         """
-        rule = self.rules[group["rule"]]
-        return rule.start(weight if like is None else like, self._numbers[weight])
+        number = next(number for number, other in enumerate(self._weights()) if other is weight)
+        return self.rules[group["rule"]].start(weight if like is None else like, number)
 
     def _weights(self) -> Iterator[Tensor]:
         return (weight for group in self.param_groups for weight in group["params"])

@@ -48,6 +48,7 @@ class InTurns(InParts):
     """One whose blocks of weights take turns, with gradients of a block in its turn only."""
 
     skips_weights: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = False  # blocks are of the model's own weights, and FSDP puts others in their place
 
     def callbacks(self, model: nn.Module, run: Run) -> Sequence[TrainerCallback]:
         """Return what begins the first turn, once every process has wrapped the model."""
