@@ -1,6 +1,6 @@
 """What optimizers cost: the time of a step and of a search for a subspace, the state, the memory and loss of a run.
 
-    python bench/optimizers.py --rows alpaca.json                  # all of it, about twelve minutes on two cores
+    python bench/optimizers.py --rows alpaca.json                  # all of it, eleven minutes on two cores
     python bench/optimizers.py step refresh --quick                # parts of it, here those that need no model
     python bench/optimizers.py memory --rows alpaca.json           # or state
 
@@ -237,7 +237,7 @@ def _wanted_of_step(name: str) -> str:
 def muon() -> None:
     """Print the time of Muon's step beside torch's, which takes one matrix after the other."""
     sets = {
-        "4 layers of SmolLM2-135M (576 x 576, 192 x 576, 1536 x 576)": [
+        "28 matrices of 4 layers of SmolLM2-135M": [
             *[(576, 576)] * 8, *[(192, 576)] * 8, *[(1536, 576)] * 8, *[(576, 1536)] * 4,
         ],
         "1024 x 2816 and 2816 x 1024": SHAPES[:2],
