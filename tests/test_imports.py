@@ -63,7 +63,7 @@ def plugins(modules: set[str]) -> set[str]:
         ("show", 0),
         ("show stage=dpo model=qwen2 adapter=lora", 0),
         ("stage=dpo --help", 0),
-        ("check model=tiny", 0),
+        ("check --quick model=tiny", 0),
         ("check seed=many", 2),
         ("check data.path=nothing.jsonl", 2),
         ("preview --rows 0", 2),
@@ -105,7 +105,7 @@ def test_completion_of_options_imports_neither_hydra_nor_a_plugin(imported):
 
 
 def test_only_the_chosen_plugins_are_imported(imported):
-    chosen = {"stage.sft", "quant.none", "optimizer.adamw", "tracker.none"}
+    chosen = {"stage.sft", "quant.none", "optimizer.adamw", "optimizer._ruled", "tracker.none"}
     assert plugins(imported("show", "optimizer=adamw", "adapter=full")) == chosen | {"adapter.full"}
     assert plugins(imported("show", "adapter=lora", "tracker=[tensorboard]")) == (
         chosen - {"tracker.none"} | {"adapter.lora", "tracker.tensorboard"}
@@ -114,7 +114,8 @@ def test_only_the_chosen_plugins_are_imported(imported):
 
 def test_a_wrong_option_imports_only_what_is_chosen_beside_it(imported):
     modules = imported("show", "optimizer=adammw", "adapter=full", code=2)
-    assert plugins(modules) <= {"stage.sft", "quant.none", "optimizer.adamw", "tracker.none", "adapter.full"}
+    beside = {"stage.sft", "quant.none", "tracker.none", "adapter.full"}
+    assert plugins(modules) <= beside | {"optimizer.adamw", "optimizer._ruled"}
 
 
 def test_a_plugin_that_cannot_be_imported_harms_only_who_chooses_it(imported, tmp_path, write):
@@ -138,7 +139,7 @@ def test_a_frozen_run_is_read_without_hydra_and_without_torch(driver, write, tmp
     modules = set(json.loads(done.stdout))
     assert not {"hydra", *HEAVY} & packages(modules)
     assert "ftrun.compose" not in modules
-    chosen = {"stage.dpo", "adapter.lora", "quant.none", "optimizer.adamw", "tracker.tensorboard"}
+    chosen = {"stage.dpo", "adapter.lora", "quant.none", "optimizer.adamw", "optimizer._ruled", "tracker.tensorboard"}
     assert plugins(modules) == chosen | {"stage._pairs"}
 
 

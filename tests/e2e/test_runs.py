@@ -39,7 +39,8 @@ def test_the_frozen_config_says_everything(ftrun):
     assert frozen["train"]["precision"] == "fp32"
     assert frozen["model"]["source"] == "builtin"
     assert frozen["optimizer"] == {
-        "name": "adamw", "lr": 5e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+        "name": "adamw", "lr": 5e-4, "weight_decay": 0.0, "embedding_lr": None, "groups": [], "layerwise": False,
+        "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
     }  # fmt: skip
     assert frozen["output_dir"] == str(done.folder)
     assert done.manifest["overrides"][:1] == ["model=tiny"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +78,6 @@ def test_it_takes_the_steps_of_the_class_and_vectors_do_not_decay():
         ("torch.optim.RAdam", {"args": {"eps": "small"}}, "RAdam refuses: "),
         ("torch.optim.Rprop", {"weight_decay": 0.1}, "Rprop has none"),
         ("torch.optim.LBFGS", {}, "wants to compute a step's loss itself"),
-        ("schedulefree.SGDScheduleFree", {}, "trains other weights than those that are to be evaluated"),
         ("torch.optim.Muon", {}, "Muon refuses: Muon only supports 2D parameters"),
     ],
 )
@@ -84,6 +85,15 @@ def test_what_cannot_be_is_refused_before_the_first_step(cls, keys, said):
     with pytest.raises(ConfigError) as refused:
         chosen(cls, **keys).build(Small(), None)
     assert said in str(refused.value)
+
+
+def test_what_evaluates_other_weights_than_it_trains_is_refused(monkeypatch):
+    class Averaging(Wide):
+        def eval(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "averaging", SimpleNamespace(Averaging=Averaging))
+    with pytest.raises(ConfigError, match="trains other weights than those that are to be evaluated"):
+        chosen("averaging.Averaging").build(Small(), None)
 
 
 @pytest.mark.parametrize(
