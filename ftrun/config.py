@@ -11,7 +11,6 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -268,15 +267,9 @@ def _typed(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
 def _missing_packages(cfg: Config) -> Iterator[Problem]:
     for option in cfg.chosen:
         for distribution in option.requires:
-            try:
-                version(distribution)
-            except PackageNotFoundError:
-                what = f"{option.group}={option.name}"
-                yield Problem(
-                    option.group,
-                    f"{what} needs the package {distribution}, which is not installed",
-                    f"pip install {distribution}",
-                )
+            if not plugin.is_installed(distribution):
+                message = f"{option.group}={option.name} needs the package {distribution}, which is not installed"
+                yield Problem(option.group, message, f"pip install {distribution}")
 
 
 def _contradictions(cfg: Config) -> Iterator[Problem]:

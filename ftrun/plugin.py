@@ -30,7 +30,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -290,6 +290,15 @@ class Format(Plugin):
             row: The row's columns, renamed as ``data.columns`` says.
         """
         raise NotImplementedError
+
+
+def is_installed(distribution: str) -> bool:
+    """Tell whether a distribution, as pip names it, is installed here."""
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 GROUPS: dict[str, type[Plugin]] = {base.group: base for base in (Stage, Adapter, Quant, Optimizer, Tracker, Reward)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +211,7 @@ def _architecture(model: Model) -> tuple[str, dict[str, Any]]:
     if model.source is Source.run and (path / record.MODEL / "adapter_config.json").is_file():
         return _architecture(Config.load(path / record.RUN).model)
     if model.source is Source.folder and (path / "adapter_config.json").is_file():
-        return str(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]), {}
+        return _base_of(path), {}
     if model.source is Source.gguf:
         return str(path.parent), {"gguf_file": path.name}
     return _files(model), _source_arguments(model)
@@ -228,13 +227,22 @@ def _load_run(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
 
 
 def _load_adapter_folder(folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    return _merge(_pretrained(_base_of(folder), arguments, {}), folder)
+
+
+def _base_of(folder: Path) -> str:
+    """Return the model that an adapter in a folder is for.
+
+    Raises:
+        ConfigError: It does not say.
+    """
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         message = f"{folder} holds an adapter that does not say for which model it is"
         raise ConfigError([Problem("model.path", message, "the folder of a merged model")])
-    return _merge(_pretrained(base, arguments, {}), folder)
+    return base
 
 
 def _merge(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:

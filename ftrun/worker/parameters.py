@@ -47,10 +47,20 @@ class Weight:
 
         Norms, biases and magnitudes scale or shift: pulling them to zero fights the model rather than its complexity.
         """
-        return self.parameter.ndim >= 2 and not _is_bias(self.name)
+        return self.parameter.ndim >= 2 and not is_bias(self.name)
+
+    @property
+    def module(self) -> str:
+        """The name of the module that it is in."""
+        return module_of(self.name)
 
 
-def _is_bias(name: str) -> bool:
+def module_of(name: str) -> str:
+    """Return the name of the module that the weight of a name is in."""
+    return name.rpartition(".")[0]
+
+
+def is_bias(name: str) -> bool:
     """Tell so by the name: the biases of all experts of a layer are in one table."""
     return "bias" in name.rpartition(".")[2]
 
@@ -71,9 +81,9 @@ def weights(model: nn.Module) -> list[Weight]:
             return Role.embedding
         if any(name.startswith(head) for head in heads):
             return Role.head
-        module = modules.get(name.rpartition(".")[0])
+        module = modules.get(module_of(name))
         if (
-            _is_bias(name)
+            is_bias(name)
             or parameter.ndim < 2
             or min(parameter.shape[-2:]) < 2
             or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -90,12 +90,11 @@ def blocks(model: nn.Module) -> dict[str, Blocks | None]:
 
 
 def _blocks(weight: Weight, modules: dict[str, nn.Module]) -> Blocks | None:
-    module, _, own = weight.name.rpartition(".")
-    if "bias" in own:
+    if parameters.is_bias(weight.name):
         return None
     if weight.role is Role.other:
         return WHOLE
-    if "lora_embedding_A" in weight.name or _takes_rows(modules.get(module)):
+    if "lora_embedding_A" in weight.name or _takes_rows(modules.get(weight.module)):
         return COLUMN
     return Blocks(_head_size(weight, modules)) if weight.role is Role.matrix else ROW
 

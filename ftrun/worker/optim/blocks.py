@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -111,6 +112,10 @@ class InTurns(Ruled):
         """How many steps have been taken. It is kept in the groups, which are what torch saves besides states."""
         return int(self.param_groups[0]["steps"])
 
+    def in_blocks(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of all blocks."""
+        return chain.from_iterable(self.blocks)
+
     def _out_of_turn(self, period: int) -> set[nn.Parameter]:
         active = self.turns(period)
         return {weight for number, block in enumerate(self.blocks) if number not in active for weight in block}
@@ -118,7 +123,7 @@ class InTurns(Ruled):
     def begin(self) -> None:
         """Let those train whose turn it is, and nobody else."""
         self._begun, self._resting = True, self._out_of_turn(self.steps // self.interval())
-        for weight in (weight for block in self.blocks for weight in block):
+        for weight in self.in_blocks():
             weight.requires_grad_(weight not in self._resting)
             if weight in self._resting:
                 weight.grad = None
@@ -139,7 +144,7 @@ class InTurns(Ruled):
         for group in self.param_groups:
             group["steps"] += 1
         if over := self.steps % self.interval() == 0:
-            for weight in (weight for block in self.blocks for weight in block):
+            for weight in self.in_blocks():
                 self.state.pop(weight, None)
         if over or not self._begun:
             self.begin()
@@ -197,7 +202,7 @@ class Begin(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was found."""
-        for weight in (weight for block in _of_turns(kwargs["optimizer"]).blocks for weight in block):
+        for weight in _of_turns(kwargs["optimizer"]).in_blocks():
             weight.requires_grad_(True)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from ftrun.worker.optim import factored
 from ftrun.worker.optim.ruled import Rule, State, States, Tensors
 from ftrun.worker.optim.subspace import leading
 
@@ -156,18 +157,11 @@ class Adafactor:
     """
 
     def start(self, weight: Tensor) -> State:
-        """Means of rows and of columns, in float32: in bfloat16 they would soon cease to move."""
-        *batch, rows, columns = weight.shape
-        empty = weight.new_empty((), dtype=torch.float32)
-        return {"step": 0, "row": empty.new_zeros(*batch, rows), "column": empty.new_zeros(*batch, columns)}
+        """Means of rows and of columns."""
+        return {"step": 0, **factored.start(weight)}
 
     def direction(self, grad: Tensor, state: State) -> Tensor:
         """Divide by the root of the product of the means."""
         state["step"] += 1
-        squares = grad.float().square().add_(1e-30)
-        for name, dim in (("row", -1), ("column", -2)):
-            state[name].lerp_(squares.mean(dim), state["step"] ** -0.8)
-        rows, columns = state["row"], state["column"]
-        share = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
-        way = -grad * share.unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
+        way = factored.normalised(grad.float(), state, state["step"] ** -0.8).neg_()
         return way.div_(way.square().mean((-2, -1), keepdim=True).sqrt_().clamp_(min=1.0)).to(grad.dtype)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ftrun.worker.optim import factored
 from ftrun.worker.optim.ruled import Rule, State, States, Tensors
-
-_TINY = 1e-30
-"""Added to squared gradients, so that a row without a gradient does not divide by zero; Adafactor's number."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,9 @@ class AdaLomo(Rule):
 
     def start(self, weight: Tensor, number: int = 0) -> State:
         """A number a row and a column; of a vector, one an element. In float32."""
-        shape = weight.shape
-        kept = {"exp_avg_sq": shape} if weight.ndim < 2 else {"rows": shape[:-1], "columns": shape[:-2] + shape[-1:]}
-        return {"step": 0} | {name: weight.new_zeros(of, dtype=torch.float32) for name, of in kept.items()}
+        if weight.ndim >= 2:
+            return {"step": 0, **factored.start(weight)}
+        return {"step": 0, "exp_avg_sq": torch.zeros_like(weight, dtype=torch.float32)}
 
     def update(self, weights: Tensors, grads: Tensors, states: States, *, lr: float, weight_decay: float) -> None:
         """Take a step whose root mean square is at most ``clip_threshold`` times that of the weight."""
@@ -62,13 +60,9 @@ class AdaLomo(Rule):
     def _normalised(self, grad: Tensor, state: State) -> Tensor:
         """Take the gradient into the moments, and return it divided by the root of what they say of its square."""
         new = state["step"] ** -self.decay_rate  # what the newest square counts: all at first
-        square = grad.square().add_(_TINY)
-        if "exp_avg_sq" in state:
-            return state["exp_avg_sq"].lerp_(square, new).rsqrt().mul_(grad)
-        rows = state["rows"].lerp_(square.mean(-1), new)
-        columns = state["columns"].lerp_(square.mean(-2), new)
-        by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        return (grad * by_row).mul_(columns.rsqrt().unsqueeze(-2))
+        if "exp_avg_sq" not in state:
+            return factored.normalised(grad, state, new)
+        return state["exp_avg_sq"].lerp_(grad.square().add_(factored.TINY), new).rsqrt().mul_(grad)
 
 
 def _rms(tensor: Tensor) -> Tensor:

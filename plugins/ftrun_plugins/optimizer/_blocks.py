@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from ftrun.config import Config
+    from ftrun.worker.optim.adamw import AdamW
     from ftrun.worker.optim.blocks import Turns
     from ftrun.worker.optim.ruled import Rule
     from ftrun.worker.training import Run
@@ -32,7 +33,7 @@ class InParts(AdamLike):
             message = f"adapter={cfg.adapter.name} trains few weights beside the model's, which would get fewer updates"
             yield Problem("optimizer", f"{message} and save next to no memory", "adapter=full, or optimizer=adamw")
 
-    def adamw(self) -> Rule:
+    def adamw(self) -> AdamW:
         """Return Adam's rule, with a float32 copy of weights that are stored in fewer bits."""
         from ftrun.worker.optim.blocks import Mastered
 

@@ -62,7 +62,7 @@ class Projected(AdamLike):
     def rule_of(self, weight: Weight) -> str:
         """Project the matrices of the targets that are larger than their projection."""
         fits = weight.role == "matrix" and min(weight.parameter.shape[-2:]) > self.rank
-        return "projected" if fits and any(_names(target, _module(weight)) for target in self.targets) else "adamw"
+        return "projected" if fits and any(_names(target, weight.module) for target in self.targets) else "adamw"
 
     def build(self, model: nn.Module, run: Run) -> TorchOptimizer:
         """Return the optimizer that applies each rule to its weights.
@@ -74,7 +74,7 @@ class Projected(AdamLike):
         from ftrun.worker import parameters
 
         weights = parameters.weights(model)
-        modules = [_module(weight) for weight in weights if weight.role == "matrix"]
+        modules = [weight.module for weight in weights if weight.role == "matrix"]
         known = sorted({module.rpartition(".")[2] for module in modules})
         missing = [target for target in self.targets if not any(_names(target, module) for module in modules)]
         if missing:
@@ -87,11 +87,6 @@ class Projected(AdamLike):
             text = f"no target is larger than optimizer.rank={self.rank} on both sides: AdamW updates every weight"
             events.send("note", text=text)
         return super().build(model, run)
-
-
-def _module(weight: Weight) -> str:
-    """Return the name of the module that a weight is in."""
-    return weight.name.rpartition(".")[0]
 
 
 def _names(target: str, module: str) -> bool:

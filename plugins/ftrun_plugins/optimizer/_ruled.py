@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ftrun.config import Config
     from ftrun.worker.optim import ruled
+    from ftrun.worker.optim.adamw import AdamW
     from ftrun.worker.optim.ruled import Rule
     from ftrun.worker.parameters import Weight
     from ftrun.worker.training import Run
@@ -140,7 +141,7 @@ class AdamLike(Ruled):
     eps: float = ranged(1e-8, gt=0)
     """Added to the denominator."""
 
-    def adamw(self) -> Rule:
+    def adamw(self) -> AdamW:
         """Return Adam's rule."""
         from ftrun.worker.optim.adamw import AdamW
 

@@ -56,11 +56,10 @@ class Apollo(Scaled):
 
     def rules(self, run: Run) -> dict[str, Rule]:
         """APOLLO's, and AdamW's for what is not projected."""
-        from ftrun.worker.optim.adamw import AdamW
         from ftrun.worker.optim.apollo import Apollo as ApolloRule
 
         rule = ApolloRule(
-            adam=AdamW(beta1=self.beta1, beta2=self.beta2, eps=self.eps),
+            adam=self.adamw(),
             rank=self.rank,
             update_interval=self.update_interval,
             scale=self.scale,

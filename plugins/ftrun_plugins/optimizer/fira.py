@@ -39,16 +39,6 @@ class Fira(Scaled, GaLore):
         """Fira's, and AdamW's for what is not projected."""
         from ftrun.worker.optim.fira import Fira as FiraRule
 
-        rule = FiraRule(
-            inner=self._inner(),
-            rank=self.rank,
-            scale=self.scale,
-            update_interval=self.update_interval,
-            projection=self.projection,
-            method=self.method,
-            spread=self.spread,
-            seed=run.cfg.seed,
-            tensorwise=self.scaling is Scaling.tensor,
-            growth=self.limiter,
-        )
+        tensorwise = self.scaling is Scaling.tensor
+        rule = FiraRule(**self._settings(run), tensorwise=tensorwise, growth=self.limiter)
         return {"projected": rule, "adamw": self.adamw()}

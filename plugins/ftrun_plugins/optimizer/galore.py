@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftrun.errors import Problem
 from ftrun.fields import ranged
-from ftrun.plugin import register
+from ftrun.plugin import is_installed, register
 from ftrun_plugins.optimizer._projected import Method, Projected
 
 if TYPE_CHECKING:
@@ -75,39 +74,34 @@ class GaLore(Projected):
     def check(self, cfg: Config) -> Iterator[Problem]:
         """Yield what the inner optimizer needs."""
         yield from super().check(cfg)
-        if self.inner is InnerName.adamw8bit and not _is_installed("bitsandbytes"):
+        if self.inner is InnerName.adamw8bit and not is_installed("bitsandbytes"):
             fix = "pip install bitsandbytes, or optimizer.inner=adamw"
             yield Problem("optimizer.inner", "moments of 8 bits are kept by bitsandbytes, which is not installed", fix)
 
     def rules(self, run: Run) -> dict[str, Rule]:
         """GaLore's, and AdamW's for what is not projected."""
-        from ftrun.worker.optim import galore
+        from ftrun.worker.optim.galore import GaLore
 
-        rule = galore.GaLore(
-            inner=self._inner(),
-            rank=self.rank,
-            scale=self.scale,
-            update_interval=self.update_interval,
-            projection=self.projection,
-            method=self.method,
-            spread=self.spread,
-            seed=run.cfg.seed,
-        )
-        return {"projected": rule, "adamw": self.adamw()}
+        return {"projected": GaLore(**self._settings(run)), "adamw": self.adamw()}
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        """Return what GaLore's rule, and one made of it, takes."""
+        return {
+            "inner": self._inner(),
+            "rank": self.rank,
+            "scale": self.scale,
+            "update_interval": self.update_interval,
+            "projection": self.projection,
+            "method": self.method,
+            "spread": self.spread,
+            "seed": run.cfg.seed,
+        }
 
     def _inner(self) -> Inner:
         from ftrun.worker.optim import galore
-        from ftrun.worker.optim.adamw import AdamW
 
         if self.inner is InnerName.adafactor:
             return galore.Adafactor()
-        kind = AdamW if self.inner is InnerName.adamw else galore.AdamW8bit
-        return kind(beta1=self.beta1, beta2=self.beta2, eps=self.eps)
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
+        if self.inner is InnerName.adamw8bit:
+            return galore.AdamW8bit(beta1=self.beta1, beta2=self.beta2, eps=self.eps)
+        return self.adamw()

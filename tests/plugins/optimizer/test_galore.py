@@ -49,7 +49,7 @@ def test_eight_bits_need_their_package(monkeypatch):
     def version(distribution):
         raise metadata.PackageNotFoundError(distribution)
 
-    monkeypatch.setattr("ftrun_plugins.optimizer.galore.version", version)
+    monkeypatch.setattr("ftrun.plugin.version", version)
     assert "pip install bitsandbytes" in problems("optimizer.inner=adamw8bit")["optimizer.inner"].fix
     assert not problems()
 
