@@ -279,7 +279,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(driver, mo
             raise importlib.metadata.PackageNotFoundError(distribution)
         return version(distribution)
 
-    monkeypatch.setattr(config, "version", missing)
+    monkeypatch.setattr("ftrun.plugin.version", missing)
     done = driver(*RUN, f"tracker={name}").sees(2)
     assert f"tracker={name} needs the package {name}, which is not installed" in done.err
     assert f"pip install {name}" in done.err
@@ -301,4 +301,4 @@ def test_every_tracker_that_is_chosen_has_its_keys(monkeypatch):
 
 
 def pretend_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "version", lambda _: "1")
+    monkeypatch.setattr("ftrun.plugin.version", lambda _: "1")
