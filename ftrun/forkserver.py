@@ -63,7 +63,9 @@ class Forked:
         return self._code
 
 
-def fork(address: str, words: Sequence[str], env: dict[str, str], out: int, log: int) -> Forked:
+def fork(
+    address: str, words: Sequence[str], env: dict[str, str], out: int, log: int, held: Sequence[int] = ()
+) -> Forked:
     """Have the server at ``address`` fork a worker.
 
     Args:
@@ -72,6 +74,7 @@ def fork(address: str, words: Sequence[str], env: dict[str, str], out: int, log:
         env: Environment variables besides the driver's own.
         out: File descriptor of the worker's standard output.
         log: File descriptor of its standard error.
+        held: Open files that it keeps open as long as it lives.
 
     Raises:
         ConfigError: No server answers there.
@@ -83,7 +86,7 @@ def fork(address: str, words: Sequence[str], env: dict[str, str], out: int, log:
         fix = f"start one (`python -m ftrun.forkserver {address} &`), or unset {VARIABLE}"
         raise ConfigError([Problem(f"${VARIABLE}", f"no server answers at {address}: {error.strerror}", fix)]) from None
     request = {"words": list(words), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
-    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [out, log])
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [out, log, *held])
     return Forked(connection)
 
 
@@ -115,6 +118,10 @@ def serve(address: str) -> None:
         server.turn()
 
 
+_MOST_HELD = 64
+"""Open files that one worker can be given."""
+
+
 class _Server:
     def __init__(self, address: str) -> None:
         self._children: dict[int, socket.socket] = {}
@@ -144,7 +151,7 @@ class _Server:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        line, (out, log), _, _ = socket.recv_fds(connection, 1 << 20, 2)
+        line, (out, log, *held), _, _ = socket.recv_fds(connection, 1 << 20, 2 + _MOST_HELD)
         while not line.endswith(b"\n"):
             line += connection.recv(1 << 20)
         request = json.loads(line)
@@ -153,8 +160,8 @@ class _Server:
             for inherited in (self._listener, self._wake, self._wakes, connection, *self._children.values()):
                 inherited.close()
             _child(request, out, log, fresh=_import_settings(request["env"]) != self._settings)
-        os.close(out)
-        os.close(log)
+        for received in (out, log, *held):
+            os.close(received)
         self._children[pid] = connection
         connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 

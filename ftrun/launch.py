@@ -13,8 +13,6 @@ import select
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +22,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 import ftrun
-from ftrun import config, environment, events, forkserver, hardware, model, record
+from ftrun import config, environment, events, hardware, model, processes, record
 from ftrun.config import Config
 from ftrun.data.check import check as check_rows
 from ftrun.data.sources import make_absolute
 from ftrun.display import Display, near
 from ftrun.errors import ConfigError, Problem, RunFailed
-from ftrun.hardware import Device, Hardware
 from ftrun.record import Result, Status
 
 
@@ -238,34 +235,6 @@ def _copy_into(folder: Path, file: Path) -> str:
     return str(Path(folder.name, name))
 
 
-def command(hardware: Hardware, run_file: Path, words: Sequence[str] = ()) -> list[str]:
-    """Return the command that starts a run's processes, or, with further words, the one of a task.
-
-    ``accelerate launch`` starts one process on CPU whatever it is told, so several go through torchrun, which
-    accelerate's own launcher wraps.
-    """
-    worker = ["-m", "ftrun.worker", str(run_file), *words]
-    if hardware.num_processes == 1:
-        return [sys.executable, *worker]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={hardware.num_processes}",
-        *worker,
-    ]
-
-
-class Process(Protocol):
-    """A started worker, or the launcher of several."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Return how it ended, if it has: the exit code, or minus the signal."""
-
-
 class Screen(Protocol):
     """What a person sees of workers at work."""
 
@@ -308,40 +277,6 @@ class Answer:
         os.close(self._output)
 
 
-def _start(cfg: Config, run_file: Path, words: Sequence[str], address: str, out: int | None) -> Process:
-    """Start the worker: forked from a server that has imported the heavy packages if there is one, else cold."""
-    env = worker_environment(cfg.hardware) | {events.VARIABLE: address}
-    log = run_file.with_name(record.LOG).open("ab")
-    with log:
-        output = log.fileno() if out is None else out
-        if (server := os.environ.get(forkserver.VARIABLE)) and cfg.hardware.num_processes == 1:
-            return forkserver.fork(server, [str(run_file), *words], env, output, log.fileno())
-        # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
-        return subprocess.Popen(
-            command(cfg.hardware, run_file, words),
-            env=os.environ | env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def worker_environment(hardware: Hardware) -> dict[str, str]:
-    """Return the environment variables that a worker needs besides the driver's own."""
-    env = {
-        "OMP_NUM_THREADS": str(hardware.num_threads),
-        # Threads that wait for each other by spinning slow down a hundredfold when anything else runs on the machine.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # a datasets.py in the working folder is not the package of that name
-    }
-    if hardware.device is Device.cpu:
-        env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return env
-
-
 def start(folder: Path) -> Result:
     """Start the processes of a frozen run, watch them to the end, and return what they left.
 
@@ -378,7 +313,8 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
     try:
         with display, _Signals(display) as signals:
             try:
-                process = _start(cfg, run_file, words, receiver.address, answer.input if answer else None)
+                told = {events.VARIABLE: receiver.address}
+                process = processes.start(cfg.hardware, run_file, words, env=told, out=answer.input if answer else None)
             finally:
                 if answer:
                     os.close(answer.input)
@@ -393,7 +329,7 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
 
 
 def _until_the_end(
-    process: Process, receiver: events.Receiver, display: Screen, signals: _Signals, answer: Answer | None
+    process: processes.Process, receiver: events.Receiver, display: Screen, signals: _Signals, answer: Answer | None
 ) -> int:
     """Show what comes until the process has ended, and return how it did."""
     while True:

@@ -11,6 +11,7 @@
 ``model/``            what the run ended with: weights or adapter, tokenizer, model card
 ``plots/``            pictures
 ``result.json``       status, reason, metrics
+``pause.json``        the step at which a sweep has the run wait, if it has
 ===================== =========================================================================================
 """
 
@@ -34,6 +35,7 @@ from ftrun.errors import Problem
 RUN, MANIFEST, METRICS, SAMPLES = "run.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
 LOG, CHECKPOINTS, MODEL, PLOTS, RESULT = "log.txt", "checkpoints", "model", "plots", "result.json"
+PAUSE = "pause.json"
 
 HEARTBEAT_SECONDS = 10
 """How often a running worker touches ``result.json``."""
@@ -49,9 +51,20 @@ class Status(StrEnum):
     failed = "failed"
     interrupted = "interrupted"
     preempted = "preempted"
+    queued = "queued"
+    """Frozen, and not started yet: there is no ``result.json``."""
+
+    paused = "paused"
+    """Stopped where `Pause` says, with a checkpoint; its sweep may have it go on."""
 
 
-EXIT_CODES = {Status.completed: 0, Status.failed: 1, Status.interrupted: 130, Status.preempted: 75}
+EXIT_CODES = {
+    Status.completed: 0,
+    Status.paused: 0,
+    Status.failed: 1,
+    Status.interrupted: 130,
+    Status.preempted: 75,
+}
 """The driver's exit code for each way a run can end (75 is sysexits' EX_TEMPFAIL: run me again)."""
 
 
@@ -131,9 +144,12 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> Result:
-        """Read ``result.json``; a ``running`` one whose holder is dead reads as ``interrupted``."""
+        """Read ``result.json``; a ``running`` one whose holder is dead reads as ``interrupted``, none as ``queued``."""
         path = folder / RESULT
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            return cls(status=Status.queued, folder=str(folder))
         holder = Holder(**values.pop("holder")) if values.get("holder") else values.pop("holder", None)
         result = cls(**values | {"status": Status(values["status"])}, holder=holder, folder=str(folder))
         if result.status is Status.running and not (holder and holder.is_alive(path.stat().st_mtime)):
@@ -145,6 +161,28 @@ class Result:
     def user_problems(self) -> list[Problem]:
         """Return what the user can mend."""
         return [Problem(**problem) for problem in self.problems]
+
+
+@dataclass
+class Pause:
+    """Where a run is to stop and wait, with an evaluation and a checkpoint (``pause.json``): a rung of a sweep.
+
+    It is no part of the config: the schedule is that of the whole run.
+    """
+
+    step: int
+
+    def save(self, folder: Path) -> None:
+        """Write ``pause.json`` whole."""
+        write_whole(folder / PAUSE, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Pause | None:
+        """Read ``pause.json``, if there is one."""
+        try:
+            return cls(**json.loads((folder / PAUSE).read_text()))
+        except FileNotFoundError:
+            return None
 
 
 def is_run(folder: Path) -> bool:

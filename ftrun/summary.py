@@ -23,6 +23,8 @@ _COLOURS = {
     Status.failed: "red",
     Status.interrupted: "yellow",
     Status.preempted: "yellow",
+    Status.queued: "dim",
+    Status.paused: "blue",
 }
 
 

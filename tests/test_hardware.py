@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ftrun import hardware, launch
+from ftrun import hardware, processes
 from ftrun.hardware import Device, Hardware
 from ftrun.train import Precision, Train
 
@@ -79,5 +79,5 @@ def test_a_device_that_torch_does_not_see_is_refused(ftrun, nvidia):
 
 def test_one_process_needs_no_launcher(tmp_path):
     run_file = tmp_path / "run.yaml"
-    assert launch.command(Hardware(num_processes=1), run_file)[1:] == ["-m", "ftrun.worker", str(run_file)]
-    assert "torch.distributed.run" in launch.command(Hardware(num_processes=8), run_file)
+    assert processes.command(Hardware(num_processes=1), run_file)[1:] == ["-m", "ftrun.worker", str(run_file)]
+    assert "torch.distributed.run" in processes.command(Hardware(num_processes=8), run_file)

@@ -1,0 +1,154 @@
+"""The processes of one run: forked from a server that has imported the heavy packages, or started cold.
+
+A run of several processes is started cold by torchrun, or forked process by process with the environment variables that
+torchrun sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ftrun import forkserver, record
+from ftrun.hardware import Device, Hardware
+
+GRACE_SECONDS = 10.0
+"""How long the other processes of a run have to end by themselves once one has failed."""
+
+
+class Process(Protocol):
+    """A started worker, or the launcher of several."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return how it ended, if it has: the exit code, or minus the signal."""
+
+
+def start(
+    hardware: Hardware,
+    run_file: Path,
+    words: Sequence[str] = (),
+    *,
+    env: dict[str, str] | None = None,
+    out: int | None = None,
+    held: Sequence[int] = (),
+) -> Process:
+    """Start the processes of a frozen run.
+
+    Args:
+        hardware: How many, on what.
+        run_file: The path of ``run.yaml``; what they print goes to the log beside it.
+        words: A task other than the run, and its options.
+        env: Environment variables besides this process's own and `worker_environment`.
+        out: File descriptor for standard output instead of the log.
+        held: Open files that they keep open as long as they live: locks.
+    """
+    env = worker_environment(hardware) | (env or {})
+    with run_file.with_name(record.LOG).open("ab") as log:
+        output = log.fileno() if out is None else out
+        if server := os.environ.get(forkserver.VARIABLE):
+            forked = [
+                forkserver.fork(server, [str(run_file), *words], env | place, output, log.fileno(), held)
+                for place in _places(hardware.num_processes or 1)
+            ]
+            return forked[0] if len(forked) == 1 else Together(forked)
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
+        return subprocess.Popen(
+            command(hardware, run_file, words),
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=held,
+        )
+
+
+def command(hardware: Hardware, run_file: Path, words: Sequence[str] = ()) -> list[str]:
+    """Return the command that starts a run's processes, or, with further words, the one of a task.
+
+    ``accelerate launch`` starts one process on CPU whatever it is told, so several go through torchrun, which
+    accelerate's own launcher wraps.
+    """
+    worker = ["-m", "ftrun.worker", str(run_file), *words]
+    if hardware.num_processes == 1:
+        return [sys.executable, *worker]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={hardware.num_processes}",
+        *worker,
+    ]
+
+
+def worker_environment(hardware: Hardware) -> dict[str, str]:
+    """Return the environment variables that a worker needs besides the driver's own."""
+    env = {
+        "OMP_NUM_THREADS": str(hardware.num_threads),
+        # Threads that wait for each other by spinning slow down a hundredfold when anything else runs on the machine.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a datasets.py in the working folder is not the package of that name
+    }
+    if hardware.device is Device.cpu:
+        env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return env
+
+
+def _places(count: int) -> list[dict[str, str]]:
+    """Return what tells each of several processes on this machine its place, as torchrun does."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:  # the first process listens there a moment later
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+class Together:
+    """Several forked processes of one run: where one fails, the others are ended."""
+
+    def __init__(self, processes: Sequence[Process]) -> None:
+        self._processes = processes
+        self.pid = processes[0].pid
+        self._failed: int | None = None
+        self._kill_at: float | None = None
+
+    def poll(self) -> int | None:
+        """Return how they ended, if all have: the first failure counts."""
+        codes = [process.poll() for process in self._processes]
+        self._failed = self._failed or next((code for code in codes if code), None)
+        if None not in codes:
+            return self._failed or 0
+        if self._failed:
+            alive = [process.pid for process, code in zip(self._processes, codes, strict=True) if code is None]
+            if self._kill_at is None:
+                self._kill_at = time.monotonic() + GRACE_SECONDS
+                self._tell(alive, signal.SIGTERM)
+            elif time.monotonic() >= self._kill_at:
+                self._tell(alive, signal.SIGKILL)
+        return None
+
+    @staticmethod
+    def _tell(pids: Sequence[int], number: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
