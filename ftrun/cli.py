@@ -13,9 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftrun
 from ftrun.errors import ConfigError, FtrunError, Problem
+
+if TYPE_CHECKING:
+    from ftrun.sweep.run import Sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,20 +76,41 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     from ftrun import launch, summary
+    from ftrun import words as typed
 
+    retry_failed = _RETRY in words
+    words = [word for word in words if word != _RETRY]
     if multirun := _without_multirun(words):
-        from ftrun import sweep
+        from ftrun.sweep import run
 
-        return summary.conclude_sweep(*sweep.run(multirun))
-    return summary.conclude(launch.run(words))
+        return _conclude(run.run(multirun, retry_failed=retry_failed))
+    if retry_failed:
+        raise ConfigError([Problem(_RETRY, "is about a sweep", f"ftrun -m {_RETRY} KEY=VALUE,VALUE")])
+    where, rest = typed.apart(words)
+    return summary.conclude(launch.hand_over(rest, where) if where else launch.run(rest))
+
+
+def _conclude(sweep: Sweep) -> int:
+    from ftrun import summary
+    from ftrun.record import EXIT_CODES
+
+    code = summary.conclude_sweep(sweep.folder)
+    return EXIT_CODES[sweep.told] if sweep.told else code
 
 
 def _resume(words: list[str]) -> int:
     from ftrun import launch, summary
+    from ftrun.sweep import ledger
 
-    parser = _parser("resume", "Go on with a run that was stopped, from its newest checkpoint.")
-    parser.add_argument("folder", type=Path, help="the run's folder")
-    return summary.conclude(launch.resume(parser.parse_args(words).folder))
+    parser = _parser("resume", "Go on with a run or a sweep that was stopped, from the newest checkpoints.")
+    parser.add_argument("folder", type=Path, help="the folder of the run or the sweep")
+    parser.add_argument(_RETRY, action="store_true", help="of a sweep, the jobs that have failed, too")
+    asked = parser.parse_args(words)
+    if ledger.is_sweep(asked.folder) or (asked.folder / ledger.DRIVER).exists():
+        from ftrun.sweep import run
+
+        return _conclude(run.resume(asked.folder, retry_failed=asked.retry_failed))
+    return summary.conclude(launch.resume(asked.folder))
 
 
 def _show(words: list[str]) -> int:
@@ -96,17 +121,22 @@ def _show(words: list[str]) -> int:
 
 
 def _check(words: list[str]) -> int:
-    from ftrun import launch
+    from ftrun import compose, launch
+    from ftrun import words as typed
     from ftrun.display import console
 
     overrides = [word for word in words if word != _QUICK]
     if multirun := _without_multirun(overrides):
-        from ftrun import sweep
+        from ftrun.sweep import run
 
-        console.print(f"[green]no problems[/] in {len(sweep.check(multirun))} runs")
+        _, points = run.check(multirun)
+        console.print(f"[green]no problems[/] in {len(points)} runs")
         return 0
+    where, overrides = typed.apart(overrides)
     cfg = launch.check(overrides)
-    if len(overrides) == len(words):
+    if where:
+        compose.launcher_alone(where)
+    if _QUICK not in words:
         from ftrun import weights
 
         weights.show(cfg)
@@ -230,6 +260,10 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 _QUICK = "--quick"
 """Has ``ftrun check`` leave out what needs torch."""
+
+
+_RETRY = "--retry-failed"
+"""Has a sweep start jobs again that have failed."""
 
 
 class _Parser(argparse.ArgumentParser):

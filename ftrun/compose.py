@@ -7,27 +7,35 @@ with the tree they lead to by `ftrun.diagnose`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftrun import diagnose, fields, options, plugin, words
-from ftrun.errors import ConfigError, Problem
+from ftrun import diagnose, fields, launcher, options, plugin, words
+from ftrun.errors import ConfigError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from ftrun.sweeper import Sweeper
 
 ROOT = "ftrun"
 """Name of the primary config, conf/ftrun.yaml."""
@@ -114,17 +122,20 @@ class WorkingConf(FileConfigSource):
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise ConfigError([diagnose.unreadable(file, error)]) from error
         group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        if group in options.LAUNCHING:
+            return found
         if problems := list(diagnose.misunderstood(file, group, name, found)):
             raise ConfigError(problems)
         return found
 
     def is_group(self, config_path: str) -> bool:
         """Tell whether a path is one of the groups, and is there."""
-        return config_path in ("", *options.GROUPS) and super().is_group(config_path)
+        return config_path in ("", "hydra", *options.GROUPS, *options.LAUNCHING) and super().is_group(config_path)
 
     def is_config(self, config_path: str) -> bool:
         """Tell whether a path is an option of one of the groups."""
-        return config_path.rpartition("/")[0] in options.GROUPS and super().is_config(config_path)
+        groups = (*options.GROUPS, *options.LAUNCHING)
+        return config_path.rpartition("/")[0] in groups and super().is_config(config_path)
 
 
 class SearchPath(SearchPathPlugin):
@@ -168,6 +179,84 @@ def compose_tree(overrides: Sequence[str], schema: type) -> tuple[DictConfig | N
     return None if unset else node, [*problems, *diagnose.unknown_keys(node), *unset]
 
 
+def sweeper(where: Sequence[str]) -> Sweeper:
+    """Make the sweeper, with its launcher, that the words about them ask for.
+
+    Args:
+        where: Words about ``hydra/sweeper`` and ``hydra/launcher``; without any, a grid on this machine.
+
+    Raises:
+        ConfigError: With everything that is wrong with them.
+    """
+    from ftrun.sweeper import Sweeper
+
+    cfg, context = _hydra(where)
+    made = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=launcher.do, config=cfg)
+    if not isinstance(made, Sweeper):
+        known = [name for name in _hydra_options("hydra/sweeper") if name != "basic"]
+        message = f"{type(made).__name__} does not know of frozen runs"
+        raise ConfigError([Problem("hydra/sweeper", message, f"one of {', '.join(known)}")])
+    return made
+
+
+def launcher_alone(where: Sequence[str]) -> Launcher:
+    """Make the launcher that the words ask for, for a single run.
+
+    Raises:
+        ConfigError: With everything that is wrong with them.
+    """
+    if about := [word for word in where if word.lstrip("+~").startswith(("hydra/sweeper", "hydra.sweeper"))]:
+        raise ConfigError([Problem(about[0], "is about a sweep, and this is one run", f"ftrun -m {about[0]}")])
+    cfg, context = _hydra(where)
+    return Plugins.instance().instantiate_launcher(context, launcher.do, cfg)
+
+
+def _hydra(where: Sequence[str]) -> tuple[DictConfig, HydraContext]:
+    """Compose Hydra's own part of the tree, for jobs that are told a path and nothing else."""
+    ConfigStore.instance().store(name=_JOB, node=launcher.JobConfig, provider="ftrun")
+    problems: list[Problem] = []
+    given = [override for word in where for override in words.parse(word, problems)]
+    groups = [override for override in given if override.key_or_group in options.LAUNCHING]
+    for override in groups:
+        known = _hydra_options(override.key_or_group)
+        if (name := str(override.value())) not in known:
+            message = f"there is no {override.key_or_group} {name}{did_you_mean(name, known)}"
+            problems.append(Problem(override.key_or_group, message, f"one of {', '.join(known)}"))
+    if problems:
+        raise ConfigError(problems)
+    typed = {override.key_or_group for override in groups}
+    defaults = {"hydra/launcher": "local", "hydra/sweeper": "grid"}
+    chosen = [f"{group}={name}" for group, name in defaults.items() if group not in typed]
+    # Launchers of others make a folder for each job, which here has one already.
+    apart = ["hydra.sweep.dir=${oc.env:TMPDIR,/tmp}/ftrun-hydra", "hydra.output_subdir=null"]
+    with _initialized():
+        base = compose(_JOB, [*chosen, *map(_text, groups), *apart], return_hydra_config=True)
+        values = [override for override in given if override not in groups]
+        if problems := [problem for override in values for problem in diagnose.wrong_value(base, override)]:
+            raise ConfigError(problems)
+        cfg = compose(_JOB, [*chosen, *map(_text, given), *apart], return_hydra_config=True)
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        OmegaConf.set_struct(cfg.hydra.job, False)
+        cfg.hydra.job.config_name = _JOB
+        return cfg, HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
+
+
+_JOB = "ftrun_job"
+"""Name of the primary config of jobs as launchers see them."""
+
+
+def _hydra_options(group: str) -> list[str]:
+    with _initialized():
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return sorted(hydra.config_loader.get_group_options(group))
+
+
+def _text(override: Override) -> str:
+    return override.input_line or ""
+
+
 def _without_wrong_values(
     chosen: Sequence[Override], values: Sequence[Override]
 ) -> tuple[DictConfig | None, list[Problem]]:
@@ -183,12 +272,19 @@ def _without_wrong_values(
     return _compose([*chosen, *good]), [problem for wrong in found for problem in wrong]
 
 
-def _compose(overrides: Sequence[Override]) -> DictConfig:
+@contextlib.contextmanager
+def _initialized() -> Iterator[None]:
+    """Have Hydra know where ftrun's options are."""
     registry = Plugins.instance()
     for cls in (PluginSource, WorkingConf, SearchPath):
         if cls not in registry.class_name_to_class.values():
             registry.register(cls)
     with initialize_config_dir(str(options.CONF), version_base="1.3", job_name="ftrun"):
+        yield
+
+
+def _compose(overrides: Sequence[Override]) -> DictConfig:
+    with _initialized():
         return compose(ROOT, [_word(override) for override in overrides if override.input_line])
 
 

@@ -96,11 +96,15 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the whole tree as YAML, every default written out."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        return fields.to_yaml(self.plain())
 
-    def save(self, path: Path) -> None:
-        """Write the whole tree."""
-        record.write_whole(path, self.to_yaml())
+    def plain(self) -> dict[str, Any]:
+        """Return the whole tree as plain dicts, lists and values."""
+        return cast("dict[str, Any]", fields.plain(self))
+
+    def save(self, path: Path, *, sync: bool = True) -> None:
+        """Write the whole tree; see `ftrun.record.write_whole`."""
+        record.write_whole(path, self.to_yaml(), sync=sync)
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -127,6 +131,16 @@ class Config:
         except plugin.PluginError as error:
             message, fix = str(error), "mend the plugin, or install what it needs"
         raise ConfigError([Problem(str(path), message, fix)])
+
+
+def hardware_of(path: Path) -> Hardware:
+    """Return what a saved tree is computed on, without looking at the rest of it.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    saved = _read(path)
+    return cast(Hardware, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), saved.hardware)))
 
 
 _CHOSEN = tuple(group for group in plugin.GROUPS if group not in plugin.SEVERAL)
@@ -230,6 +244,11 @@ def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Prob
         overrides: What was typed.
     """
     cfg = cast(Config, OmegaConf.to_object(node))
+    return cfg, judge_object(cfg, overrides)
+
+
+def judge_object(cfg: Config, overrides: Sequence[str]) -> list[Problem]:
+    """Settle in place what a config leaves to the options chosen, and find what is wrong with its values."""
     problems = [*model.pick_size(cfg.model), *fields.out_of_range(cfg), *_typed(cfg, overrides)]
     if cfg.data.path == "":
         problems.append(Problem("data.path", "has no value", "data.path=FILE"))
@@ -245,7 +264,7 @@ def judge(node: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[Prob
     problems += [*_missing_packages(cfg), *_contradictions(cfg), *_unread(cfg)]
     for option in cfg.chosen:
         problems += option.check(cfg)
-    return cfg, problems
+    return problems
 
 
 def _default_reward(name: str) -> Reward:

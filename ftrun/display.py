@@ -56,7 +56,7 @@ class Display:
         self._task = self._bar.add_task("starting", total=None, numbers="")
 
     def __enter__(self) -> Display:
-        self._line(f"[dim]run folder[/] {escape(near(self.folder))}")
+        print_line(f"[dim]run folder[/] {escape(near(self.folder))}")
         if self._animated:
             self._bar.start()
         return self
@@ -74,21 +74,21 @@ class Display:
     def stopping(self, interrupted: bool, again: bool) -> None:
         """Say that a signal has arrived."""
         if not again:
-            self._line("[yellow]saving, then stopping[/]" + (" (Ctrl-C again ends at once)" if interrupted else ""))
+            print_line("[yellow]saving, then stopping[/]" + (" (Ctrl-C again ends at once)" if interrupted else ""))
 
     def _show_phase(self, text: str) -> None:
         self._bar.update(self._task, description=text)
         if not self._animated:
-            self._line(f"[dim]{escape(text)}[/]")
+            print_line(f"[dim]{escape(text)}[/]")
 
     def _show_note(self, text: str) -> None:
-        self._line(escape(text))
+        print_line(escape(text))
 
     def _show_start(self, step: int, total: int) -> None:
         self._total = total
         self._bar.update(self._task, description="training", total=total, completed=step)
         if step:
-            self._line(f"going on from step {step}")
+            print_line(f"going on from step {step}")
 
     def _show_step(self, step: int) -> None:
         self._bar.update(self._task, description="training", completed=step)
@@ -99,33 +99,41 @@ class Display:
             numbers = "  ".join(
                 f"{name} {_number(value)}" for name, value in values.items() if name.startswith("eval_")
             )
-            self._line(f"[bold]evaluation after step {step}[/]  {numbers}")
+            print_line(f"[bold]evaluation after step {step}[/]  {numbers}")
         elif self._animated:
             speed = values.get("tokens_per_second")
             numbers = f"loss {_number(values['loss'])}" + (f"  {_number(speed)} tokens/s" if speed else "")
             self._bar.update(self._task, numbers=numbers)
         else:
             numbers = "  ".join(f"{name} {_number(values[name])}" for name in _SHOWN if name in values)
-            self._line(f"step {step}/{self._total}  {numbers}  {self._time_left(step)}")
+            print_line(f"step {step}/{self._total}  {numbers}  {self._time_left(step)}")
 
     def _time_left(self, step: int) -> str:
         if self._first is None or step <= self._first[1]:
             return ""
         began, first = self._first
         seconds = (time.monotonic() - began) / (step - first) * (self._total - step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+        return f"{clock(seconds)} left"
 
     def _show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
-            self._line(f"  [cyan]{escape(clean(sample['prompt']))}[/]")
-            self._line(f"    {escape(clean(sample['reply']))}")
+            print_line(f"  [cyan]{escape(clean(sample['prompt']))}[/]")
+            print_line(f"    {escape(clean(sample['reply']))}")
 
-    @staticmethod
-    def _line(text: str) -> None:
-        try:
-            console.print(text, soft_wrap=True)
-        except BrokenPipeError:  # who was reading is gone; the run is not theirs alone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+def print_line(text: str) -> None:
+    """Print a line of a run's, or a sweep's, which go on when nobody reads any more."""
+    try:
+        console.print(text, soft_wrap=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def clock(seconds: float) -> str:
+    """Return a number of seconds as minutes and hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _number(value: float) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from ftrun.errors import Problem
@@ -63,6 +66,41 @@ def _children(node: Any) -> Iterator[tuple[str, Any, dataclasses.Field[Any] | No
         yield from ((str(name), value, None) for name, value in node.items())
     elif isinstance(node, list):
         yield from ((str(index), value, None) for index, value in enumerate(node))
+
+
+def plain(value: Any) -> Any:
+    """Return a dataclass, and all below it, as dicts, lists and plain values; choices as their names."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Return plain values as YAML that OmegaConf reads back as they are."""
+    import yaml
+
+    return str(yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
+
+
+@functools.cache
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc] # chosen where it runs
+        def represent_text(self, text: str) -> Any:
+            """Quote what looks like a number to OmegaConf, though not to YAML itself: 1e-4."""
+            style = "'" if _NUMBER.fullmatch(text) else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, Dumper.represent_text)
+    return Dumper
+
+
+_NUMBER = re.compile(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?[\d_]+)?|[-+]?[\d_]+\.([eE][-+]?[\d_]+)?")
 
 
 def open_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import ftrun
@@ -29,6 +28,7 @@ from ftrun.data.sources import make_absolute
 from ftrun.display import Display, near
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.record import Result, Status
+from ftrun.signals import Signals
 
 
 def run(overrides: Sequence[str]) -> Result:
@@ -39,6 +39,26 @@ def run(overrides: Sequence[str]) -> Result:
         RunFailed: The run failed.
     """
     return start(freeze(check(overrides), overrides))
+
+
+def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
+    """Freeze a run, hand it to a launcher, and return how it is when the launcher comes back.
+
+    Args:
+        overrides: What was typed of the run.
+        where: What was typed of the launcher.
+
+    Raises:
+        ConfigError: The input is wrong; with everything that is.
+        RunFailed: The run failed.
+    """
+    from ftrun import compose, launcher
+
+    there = compose.launcher_alone(where)
+    folder = freeze(check(overrides), overrides)
+    (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
+    there.launch([[launcher.override(folder)]], 0)
+    return failing(Result.load(folder))
 
 
 def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
@@ -107,7 +127,7 @@ def _is_held(folder: Path, holder: record.Holder) -> ConfigError:
     return ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
 
 
-def _claim(folder: Path) -> None:
+def claim(folder: Path) -> None:
     """Become the holder of a run's folder: of two processes that want to at once, one does.
 
     Raises:
@@ -178,6 +198,40 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
     settle(cfg)
     folder = _make_folder(cfg)
+    _write_manifest(cfg, overrides, folder, environment.facts())
+    Result(holder=record.Holder.me()).save(folder)
+    write(cfg, folder)
+    return folder
+
+
+def freeze_job(cfg: Config, overrides: Sequence[str], folder: Path, facts: dict[str, Any], slots: int) -> None:
+    """Freeze one of many runs into a folder of its own, to be started later; nothing is forced to the disk yet.
+
+    Args:
+        cfg: A checked config; it is settled in place.
+        overrides: What was typed for it.
+        folder: Where.
+        facts: What `ftrun.environment.facts` found, once for all of them.
+        slots: How many of them share this machine's CPUs.
+
+    Raises:
+        ConfigError: The model is nowhere to be found.
+    """
+    cfg.hardware.num_processes = cfg.hardware.num_processes or 1
+    cfg.hardware.num_threads = cfg.hardware.num_threads or hardware.default_threads(slots * cfg.hardware.num_processes)
+    hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
+    settle(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([Problem("output_dir", f"{folder} cannot be made: {error.strerror}", "another")]) from None
+    _write_manifest(cfg, overrides, folder, facts, sync=False)
+    write(cfg, folder, sync=False)
+
+
+def _write_manifest(
+    cfg: Config, overrides: Sequence[str], folder: Path, facts: dict[str, Any], *, sync: bool = True
+) -> None:
     manifest = {
         "id": uuid.uuid4().hex[:16],
         "command": shlex.join(["ftrun", *overrides]),
@@ -187,19 +241,16 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
         "ftrun": ftrun.__version__,
         "seed": cfg.seed,
         "model": model.identity(cfg.model),
-        **environment.facts(),
+        **facts,
     }
-    record.write_whole(folder / record.MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    write(cfg, folder)
-    return folder
+    record.write_whole(folder / record.MANIFEST, json.dumps(manifest, indent=2) + "\n", sync=sync)
 
 
-def write(cfg: Config, folder: Path) -> None:
+def write(cfg: Config, folder: Path, *, sync: bool = True) -> None:
     """Write a settled config, with the files of the user's own code, into a folder."""
     cfg.output_dir = str(folder)
     cfg.plugins = [_copy_into(folder / "plugins", Path(file)) for file in cfg.plugins]
-    Result(holder=record.Holder.me()).save(folder)
-    cfg.save(folder / record.RUN)
+    cfg.save(folder / record.RUN, sync=sync)
 
 
 def _make_folder(cfg: Config) -> Path:
@@ -284,8 +335,17 @@ def start(folder: Path) -> Result:
         ConfigError: The worker found something the user can mend.
         RunFailed: The run failed.
     """
-    result = watch(folder, Display(folder))
+    return failing(watch(folder, Display(folder)))
+
+
+def failing(result: Result) -> Result:
+    """Return a run's result, unless it failed.
+
+    Raises:
+        RunFailed: It did.
+    """
     if result.status is Status.failed:
+        folder = Path(result.folder)
         text = f"the run in {near(folder)} failed: {result.reason}"
         text += f"\n    what it printed is in {near(folder / record.LOG)}"
         if result.checkpoint:
@@ -308,28 +368,35 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
     """
     run_file = folder / record.RUN
     cfg = Config.load(run_file)
-    _claim(folder)
+    claim(folder)
     receiver = events.Receiver()
     try:
-        with display, _Signals(display) as signals:
+        with display, Signals(display.stopping) as signals:
             try:
                 told = {events.VARIABLE: receiver.address}
                 process = processes.start(cfg.hardware, run_file, words, env=told, out=answer.input if answer else None)
             finally:
                 if answer:
                     os.close(answer.input)
-            signals.session = process.pid
+            signals.add_session(process.pid)
             if cfg.hardware.num_processes == 1:
                 signals.add(process.pid)
-            with signals.ending_a_task(answer):
+            try:
                 code = _until_the_end(process, receiver, display, signals, answer)
+            except BaseException:
+                if answer:  # nobody listens any more, as in `ftrun preview --json | head`; a run goes on
+                    signals.kill()
+                raise
     finally:
         receiver.close()
-    return _how_it_was(folder, code, signals)
+    result = how_it_was(folder, code, signals.told)
+    if result.problems:
+        raise ConfigError(result.user_problems())
+    return result
 
 
 def _until_the_end(
-    process: processes.Process, receiver: events.Receiver, display: Screen, signals: _Signals, answer: Answer | None
+    process: processes.Process, receiver: events.Receiver, display: Screen, signals: Signals, answer: Answer | None
 ) -> int:
     """Show what comes until the process has ended, and return how it did."""
     while True:
@@ -344,18 +411,23 @@ def _until_the_end(
             return code
 
 
-def _how_it_was(folder: Path, code: int, signals: _Signals) -> Result:
+def how_it_was(folder: Path, code: int, told: Status | None) -> Result:
+    """Return what a run's processes left, and say how they ended where they could not.
+
+    Args:
+        folder: The run's folder.
+        code: The exit code, or minus the signal.
+        told: What they had been told to do.
+    """
     result = Result.load(folder)
     if result.holder:  # nobody said how it ended; the holder may be this process, if no worker came that far
         result.holder = None
-        result.status = signals.told or Status.failed
-        result.reason = "ended at once" if signals.told else _how_it_died(code)
+        result.status = told or Status.failed
+        result.reason = "ended at once" if told else _how_it_died(code)
         last, so_far = record.latest_checkpoint(folder), record.so_far(folder)
         result.checkpoint = str(last.relative_to(folder)) if last else None
         result.step, result.metrics = so_far["step"], so_far["metrics"]
         result.save(folder)
-    if result.problems:
-        raise ConfigError(result.user_problems())
     return result
 
 
@@ -363,71 +435,3 @@ def _how_it_died(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was killed with signal 9; the kernel does that when memory runs out"
     return f"its process ended with {'signal' if code < 0 else 'exit code'} {abs(code)} and no word"
-
-
-class _Signals:
-    """Passes on what this process is told: the workers have sessions of their own."""
-
-    def __init__(self, display: Screen) -> None:
-        self.display = display
-        self.pids: set[int] = set()
-        self.session = 0
-        """The process group of everything that was started."""
-
-        self._told: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants of SIGHUP
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def told(self) -> Status | None:
-        """What this process was told to do, if anything: what the run's status is if the worker could not say."""
-        if self._told is None:
-            return None
-        return Status.interrupted if self._told == signal.SIGINT else Status.preempted
-
-    def add(self, pid: int) -> None:
-        """Note a worker's process; one that comes late is told what the others were."""
-        if pid not in self.pids:
-            self.pids.add(pid)
-            if self._told is not None:
-                self._send(pid, self._told)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self._told = self._told is not None, signal.SIGTERM if number == signal.SIGHUP else number
-        self.display.stopping(number == signal.SIGINT, again)
-        if again and number == signal.SIGINT:
-            self._kill()
-        for pid in self.pids:
-            self._send(pid, self._told)
-
-    @contextlib.contextmanager
-    def ending_a_task(self, answer: Answer | None) -> Iterator[None]:
-        """End a task that nobody listens to any more: ``ftrun preview --json | head``. A run goes on."""
-        try:
-            yield
-        except BaseException:
-            if answer:
-                self._kill()
-            raise
-
-    def _kill(self) -> None:
-        if self.session:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.session, signal.SIGKILL)
-            for pid in self.pids:  # torchrun gives each a session of its own
-                self._send(pid, signal.SIGKILL)
-
-    @staticmethod
-    def _send(pid: int, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -43,6 +43,9 @@ OPTIONAL_GROUPS = ("method", "experiment", "debug")
 UNCHOSEN_GROUPS = ("reward", *OPTIONAL_GROUPS)
 """Groups of which conf/ftrun.yaml chooses nothing; the reward is then the stage's own, if it has replies judged."""
 
+LAUNCHING = ("hydra/launcher", "hydra/sweeper")
+"""Hydra's own groups: where runs are started, and which. No part of a run's config."""
+
 FLAGS = ("--help", "--version", "--multirun")
 """What is typed with dashes, besides ``-h`` and ``-m``."""
 

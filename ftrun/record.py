@@ -12,6 +12,7 @@
 ``plots/``            pictures
 ``result.json``       status, reason, metrics
 ``pause.json``        the step at which a sweep has the run wait, if it has
+``rungs.jsonl``       one object a pause: what the run had come to there
 ===================== =========================================================================================
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,7 +37,7 @@ from ftrun.errors import Problem
 RUN, MANIFEST, METRICS, SAMPLES = "run.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
 LOG, CHECKPOINTS, MODEL, PLOTS, RESULT = "log.txt", "checkpoints", "model", "plots", "result.json"
-PAUSE = "pause.json"
+PAUSE, RUNGS = "pause.json", "rungs.jsonl"
 
 HEARTBEAT_SECONDS = 10
 """How often a running worker touches ``result.json``."""
@@ -163,14 +165,25 @@ class Result:
         return [Problem(**problem) for problem in self.problems]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pause:
     """Where a run is to stop and wait, with an evaluation and a checkpoint (``pause.json``): a rung of a sweep.
 
     It is no part of the config: the schedule is that of the whole run.
     """
 
-    step: int
+    step: int | None = None
+    """The step after which it stops."""
+
+    share: float | None = None
+    """The same as a share of all its steps, where nobody knew beforehand how many these are."""
+
+    def of(self, total_steps: int) -> int:
+        """Return the step after which a run of so many steps stops; from the last one on there is no pause."""
+        if self.step is not None:
+            return self.step
+        assert self.share is not None
+        return max(1, math.ceil(self.share * total_steps - 1e-9))  # 1 / 9 * 27 is a hair more than 3
 
     def save(self, folder: Path) -> None:
         """Write ``pause.json`` whole."""
@@ -183,6 +196,34 @@ class Pause:
             return cls(**json.loads((folder / PAUSE).read_text()))
         except FileNotFoundError:
             return None
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a run had come to where it paused: one line of ``rungs.jsonl``, which it keeps when it goes on."""
+
+    pause: Pause
+    step: int
+    metrics: dict[str, float]
+    objective: float | None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def add_to(self, folder: Path) -> None:
+        """Append the line."""
+        mend_last_line(folder / RUNGS)
+        append_line(folder / RUNGS, asdict(self))
+
+    @classmethod
+    def all_of(cls, folder: Path) -> dict[Pause, Rung]:
+        """Return where a run has paused so far."""
+        found = [cls(**line | {"pause": Pause(**line["pause"])}) for line in read_lines(folder / RUNGS)]
+        return {rung.pause: rung for rung in found}
+
+    def result(self) -> Result:
+        """Return how a run ends that pauses here."""
+        values = {name: value for name, value in asdict(self).items() if name != "pause"}
+        return Result(status=Status.paused, **values)
 
 
 def is_run(folder: Path) -> bool:
@@ -200,14 +241,18 @@ def runs(root: Path) -> Iterator[Path]:
             yield from runs(child)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is, at any moment, either the old or the new one."""
+def write_whole(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write a file so that it is, at any moment, either the old or the new one.
+
+    Without ``sync`` that does not hold for a machine that loses its power before the system has written it out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -216,6 +261,12 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     line = json.dumps(value, ensure_ascii=False) + "\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
+
+
+def mend_last_line(path: Path) -> None:
+    """Cut off a torn last line, so that what is appended next starts a line of its own."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

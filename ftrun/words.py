@@ -22,7 +22,7 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
         Those that choose an option that exists, those that set a value, and what is wrong with the others.
     """
     problems: list[Problem] = []
-    parsed = [override for word in overrides for override in _parse(word, problems)]
+    parsed = [override for word in overrides for override in parse(word, problems)]
     plugin.forget_files()
     problems += _load_plugin_files(parsed)
     chosen: list[Override] = []
@@ -40,7 +40,16 @@ def read(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list
     return chosen, values, [*problems, *_overruled(values)]
 
 
-def _parse(word: str, problems: list[Problem]) -> list[Override]:
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that say where and by whom runs are started (``hydra/launcher=slurm``), and the others."""
+    where = [
+        word for word in words if re.match(r"[+~]*hydra/(launcher|sweeper)=|[+~]*hydra\.(launcher|sweeper)\.", word)
+    ]
+    return where, [word for word in words if word not in where]
+
+
+def parse(word: str, problems: list[Problem]) -> list[Override]:
+    """Return a word as Hydra understands it, or add to the problems why it does not."""
     if word.startswith("-"):
         key, equals, value = word.lstrip("-").partition("=")
         typed = f"{key.replace('-', '_')}={value if equals else 'VALUE'}"
@@ -91,9 +100,14 @@ def quoted(key: str, value: str) -> str:
     """Return ``key=value`` as it is typed in a shell, so that Hydra's grammar takes the value for text."""
     if is_secret(key):
         value = "VALUE"
-    for_hydra = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    for_shell = re.sub(r'(["$`]|\\(?=[\\"$`]|$))', r"\\\1", f"{key}='{for_hydra}'")
+    for_shell = re.sub(r'(["$`]|\\(?=[\\"$`]|$))', r"\\\1", f"{key}={as_text(value)}")
     return f'"{for_shell}"'
+
+
+def as_text(value: str) -> str:
+    """Return a value in the quotes in which Hydra's grammar takes it for text."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _load_plugin_files(parsed: Sequence[Override]) -> Iterator[Problem]:
@@ -121,8 +135,10 @@ def _misused(override: Override) -> Iterator[Problem]:
     """Yield what is wrong with a well-formed word before anything is looked up."""
     key = override.key_or_group
     group = key.split(".")[0]
-    if group in ("hydra", "hydra/launcher", "hydra/sweeper") or key.startswith("hydra/"):
-        why = "ftrun starts runs itself, so Hydra's own settings would change nothing"
+    if key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")):
+        yield Problem(key, "says where runs are started, which is no part of a run", f"leave {key} out here")
+    elif group == "hydra" or key.startswith("hydra/"):
+        why = "of Hydra's own settings only the launcher's and the sweeper's mean anything here"
         yield Problem(key, why, "output_dir=FOLDER for the run's folder")
     elif override.is_delete():
         yield Problem(f"~{key}", "no key can be taken out of the tree", f"{key}= another value")

@@ -1,0 +1,180 @@
+"""From points to frozen jobs: every point is checked, and written as ``run.yaml``, before the first job starts.
+
+The tree is composed once for each choice of options. Points that differ in plain values only are set on a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ftrun import compose, config, environment, launch, options
+from ftrun.config import Config
+from ftrun.errors import ConfigError, Problem
+from ftrun.fields import MISSING
+from ftrun.sweep.ledger import Job, Ledger
+from ftrun.sweep.points import Point, parse
+
+_REPEATED = 20
+"""After so many points that are wrong in ways that are known, the others are not looked at."""
+
+
+def check(points: Iterable[Point], *, to_run: bool = True) -> list[tuple[Point, Config]]:
+    """Return the config of each point.
+
+    Raises:
+        ConfigError: With everything that is wrong with any of them, once.
+    """
+    examined = Examined()
+    found = [(point, cfg) for point in points if (cfg := examined.config(point, to_run=to_run))]
+    examined.raise_problems()
+    return found
+
+
+def freeze(points: Iterable[Point], ledger: Ledger, slots: int) -> list[Job]:
+    """Return the job of each point, newly frozen or known already; points with equal configs are one job.
+
+    Args:
+        points: What to freeze.
+        ledger: The sweep's folder.
+        slots: How many jobs share this machine, where they run on its CPUs.
+
+    Raises:
+        ConfigError: With everything that is wrong with any of the points; nothing has been frozen then.
+    """
+    known = {job.key: job for job in ledger.jobs()}
+    taken = {job.folder.name for job in known.values()}
+    examined, facts = Examined(), environment.facts()
+    jobs: dict[str, Job] = {}
+    made: list[Path] = []
+    try:
+        for point in points:
+            cfg = examined.config(point)
+            if cfg is None or examined.problems:
+                continue
+            key = key_of(cfg)
+            job = jobs.get(key) or known.get(key)
+            if job is None:
+                name = _name(point)
+                name = name if name not in taken else f"{name}-{key[:8]}"
+                taken.add(name)
+                job = Job(len(known) + len(made), point.overrides, key, ledger.folder / name)
+                made.append(job.folder)
+            if not (job.folder / "run.yaml").exists():
+                launch.freeze_job(cfg, point.words, job.folder, facts, slots)
+            jobs[key] = job
+        examined.raise_problems()
+    except BaseException:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    os.sync()  # once for all of them, before anybody is told that they are there
+    if new := [job for job in jobs.values() if job.key not in known]:
+        ledger.add(new)
+    return list(jobs.values())
+
+
+def key_of(cfg: Config) -> str:
+    """Return what tells a job from others: the hash of its config, before anything of this machine is in it."""
+    plain = cfg.plain() | {"output_dir": None}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _name(point: Point) -> str:
+    """Return the name of a job's folder, which says what it is."""
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(point.overrides)) or "all"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= 100 else f"{name[:90]}-{digest}"
+
+
+class Examined:
+    """The points of one sweep as configs, and everything wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: dict[Problem, None] = {}
+        self._repeated = 0
+        self._trees: dict[tuple[str, ...], tuple[DictConfig, Config]] = {}
+        self._plain: dict[str, tuple[str, Any] | None] = {}
+        self._on_disk: dict[str, list[Problem]] = {}
+
+    def config(self, point: Point, *, to_run: bool = True) -> Config | None:
+        """Return a point's config, or None if its words give none or enough is known to be wrong with all of them."""
+        if self._repeated >= _REPEATED:
+            return None
+        cfg, found = self._examine(point)
+        if cfg is not None:
+            key = repr((cfg.model, cfg.stage, cfg.template, cfg.data))
+            if key not in self._on_disk:
+                self._on_disk[key] = launch.wrong_on_disk(cfg, to_run=to_run)
+            found = [*found, *self._on_disk[key]]
+        is_new = any(problem not in self.problems for problem in found)
+        self.problems |= dict.fromkeys(found)
+        self._repeated = 0 if is_new else self._repeated + bool(found)
+        return cfg
+
+    def raise_problems(self) -> None:
+        """Raise what is wrong with any point looked at so far.
+
+        Raises:
+            ConfigError: Something is.
+        """
+        if self.problems:
+            raise ConfigError(list(self.problems))
+
+    def _examine(self, point: Point) -> tuple[Config | None, list[Problem]]:
+        values = [value for word in point.overrides if (value := self._plain_value(word))]
+        # Every point of a sweep sets the same keys, so nothing of the last one stays behind.
+        shape = tuple(word for word in point.words if word not in point.overrides or not self._plain_value(word))
+        if (known := self._trees.get(shape)) is not None:
+            try:
+                return self._judge(*known, values, point.words)
+            except OmegaConfBaseException:
+                pass  # said below, where the tree is composed
+        node, problems = compose.compose_tree(point.words, Config)
+        if node is None:
+            return None, problems
+        if not problems:
+            self._trees[shape] = node, cast(Config, OmegaConf.to_object(node))
+        cfg, found = config.judge(node, point.words)
+        return cfg, [*problems, *found]
+
+    @staticmethod
+    def _judge(
+        node: DictConfig, known: Config, values: list[tuple[str, Any]], words: tuple[str, ...]
+    ) -> tuple[Config, list[Problem]]:
+        """Judge a composed tree with other values; OmegaConf says of each whether its key takes it, and as what."""
+        cfg = copy.deepcopy(known)
+        for key, value in values:
+            OmegaConf.update(node, key, value, merge=True)
+            *parents, name = key.split(".")
+            owner: Any = cfg
+            for parent in parents:
+                owner = owner[parent] if isinstance(owner, dict) else getattr(owner, parent)
+            value = OmegaConf.select(node, key)
+            if isinstance(owner, dict):
+                owner[name] = value
+            else:
+                setattr(owner, name, value)
+        return cfg, config.judge_object(cfg, words)
+
+    def _plain_value(self, word: str) -> tuple[str, Any] | None:
+        """Return key and value of a word that sets a key to one plain value."""
+        if word not in self._plain:
+            override = parse(word)
+            is_plain = False
+            if override and override.package is None and override.key_or_group not in options.GROUPS:
+                is_change = not (override.is_add() or override.is_force_add() or override.is_delete())
+                value = override.value() if is_change and not override.is_sweep_override() else None
+                is_plain = isinstance(value, int | float | str) and "${" not in str(value) and value != MISSING
+            self._plain[word] = (override.key_or_group, value) if override and is_plain else None
+        return self._plain[word]

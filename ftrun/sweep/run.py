@@ -1,0 +1,162 @@
+"""A sweep from what was typed to its leaderboard.
+
+Everything that is known of it is in its folder, so that the same words, or ``ftrun resume FOLDER``, go on with what is
+unfinished after anything has died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ftrun import board, compose, launcher
+from ftrun.config import Config
+from ftrun.errors import ConfigError, Problem
+from ftrun.record import Pause, Result, Rung, Status
+from ftrun.sweep import freeze, points
+from ftrun.sweep.ledger import Ask, Job, Ledger
+from ftrun.sweep.points import Point
+from ftrun.sweeper import Sweeper
+from ftrun.words import apart
+
+
+def run(words: Sequence[str], *, retry_failed: bool = False) -> Sweep:
+    """Do the sweep that the words ask for.
+
+    Raises:
+        ConfigError: Something is wrong with the words or any point, before anything starts; or another process is at
+            the sweep.
+    """
+    return _conduct(Ask(tuple(points.expand(words)), str(Path.cwd()), _title(words)), retry_failed=retry_failed)
+
+
+def resume(folder: Path, *, retry_failed: bool = False) -> Sweep:
+    """Go on with a sweep: with the jobs that are frozen, as they were frozen.
+
+    Raises:
+        ConfigError: It cannot be read, or another process is at it.
+    """
+    folder = folder.resolve()
+    asks = Ledger(folder).asks()
+    if not asks:
+        fix = "type the command again: nothing has been started yet"
+        raise ConfigError([Problem(str(folder), "is no sweep whose jobs have all been frozen", fix)])
+    if Path(asks[-1].cwd).is_dir():
+        os.chdir(asks[-1].cwd)
+    return _conduct(asks[-1], folder, retry_failed=retry_failed)
+
+
+def check(words: Sequence[str]) -> tuple[Sweeper, list[tuple[Point, Config]]]:
+    """Return the sweeper, and the points that are known beforehand with their configs.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    where, rest = apart(points.expand(words))
+    sweeper = compose.sweeper(where)
+    return sweeper, freeze.check(sweeper.points(_without_folder(rest)))
+
+
+def _conduct(ask: Ask, folder: Path | None = None, *, retry_failed: bool) -> Sweep:
+    where, words = apart(ask.words)
+    sweeper = compose.sweeper(where)
+    sweeper.settings.retry_failed = sweeper.settings.retry_failed or retry_failed
+    given = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("output_dir=")]
+    words = _without_folder(words)
+    chosen = folder or Path(given[-1] if given else Path("outputs", "sweeps", _name(sweeper, words, ask.title)))
+    sweep = Sweep(sweeper, chosen.expanduser().resolve(), ask, is_resumed=folder is not None)
+    with sweep.ledger.held():
+        try:
+            sweeper.search(sweep, words)
+        except Stopped:
+            pass
+        finally:
+            sweep.note()
+    return sweep
+
+
+class Stopped(Exception):
+    """The launcher was told to stop, or has seen enough failures."""
+
+
+class Sweep:
+    """A sweep under way."""
+
+    def __init__(self, sweeper: Sweeper, folder: Path, ask: Ask, *, is_resumed: bool) -> None:
+        self.settings = sweeper.settings
+        self.launcher = sweeper.launcher
+        self.folder = folder
+        self.ledger = Ledger(folder)
+        self.is_resumed = is_resumed
+        """Whether it goes on with what is frozen, instead of freezing what is asked for."""
+
+        self._ask = ask
+        self._tried: set[Path] = set()
+        if isinstance(self.launcher, launcher.Launcher):
+            self.launcher.on_end = self.note
+
+    @property
+    def told(self) -> Status | None:
+        """What it was told while it ran, if anything: what ended it early."""
+        return self.launcher.told if isinstance(self.launcher, launcher.Launcher) else None
+
+    def freeze(self, wanted: Iterable[Point]) -> list[Job]:
+        """Return the job of each point, frozen if it is not known yet.
+
+        Raises:
+            ConfigError: With everything that is wrong with any point; nothing has been frozen then.
+        """
+        slots = self.launcher.slots if isinstance(self.launcher, launcher.Launcher) else 1
+        jobs = freeze.freeze(wanted, self.ledger, slots)
+        self.ledger.note(self._ask)
+        return jobs
+
+    def work(self, folders: Sequence[Path]) -> None:
+        """Bring jobs to their end, or to where they are to pause; those that are there are left alone.
+
+        Raises:
+            Stopped: The launcher was told to stop.
+        """
+        todo = [folder for folder in dict.fromkeys(folders) if self._is_open(folder)]
+        if todo:
+            done, self._tried = len(self._tried), self._tried | set(todo)
+            self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
+            self.note()
+        if isinstance(self.launcher, launcher.Launcher) and self.launcher.is_stopped:
+            raise Stopped
+
+    def _is_open(self, folder: Path) -> bool:
+        result, pause = Result.load(folder), Pause.load(folder)
+        if result.status is Status.paused:
+            return pause is None or pause not in Rung.all_of(folder)
+        if result.status is Status.failed:
+            return bool(self.settings.retry_failed) and folder not in self._tried
+        return result.status is not Status.completed
+
+    def note(self) -> None:
+        """Write the leaderboard as it stands, and delete what is not to be kept."""
+        if self.ledger.jobs():
+            board.write(self.folder)
+
+
+def _without_folder(words: Sequence[str]) -> list[str]:
+    """Return the words but those that say where the sweep's folder is."""
+    return [word for word in words if not word.startswith("output_dir=")]
+
+
+def _title(words: Sequence[str]) -> str:
+    """Return the name of the sweep file, if one is typed."""
+    return next((word.partition("=")[2] for word in words if word.startswith("sweep=")), "")
+
+
+def _name(sweeper: Sweeper, words: Sequence[str], title: str) -> str:
+    """Return the name of a sweep's folder: the same for a wider grid, more seeds, another launcher."""
+    swept = sorted({key for key in sweeper.swept(words) if key != "seed"})
+    keys = {*swept, "seed"}
+    fixed = sorted(word for word in words if word.partition("=")[0] not in keys)
+    digest = hashlib.sha256("\n".join([type(sweeper).__name__, *fixed, "", *swept]).encode()).hexdigest()[:8]
+    stem = re.sub(r"[^\w.,-]+", "_", title or ",".join(swept) or "seed")[:60]
+    return f"{stem}-{digest}"

@@ -1,0 +1,75 @@
+"""What sweepers share: the settings of a sweep as a whole. Each says which runs there are, and in what order."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper as HydraSweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from ftrun.launcher import Settings
+
+if TYPE_CHECKING:
+    from ftrun.sweep.points import Point
+    from ftrun.sweep.run import Sweep
+
+
+class Keep(StrEnum):
+    """What finished jobs of a sweep keep on disk besides their records."""
+
+    all = "all"
+    best = "best"
+    adapters = "adapters"
+    none = "none"
+
+
+@dataclass(kw_only=True)
+class SweeperSettings(Settings):
+    """What every sweeper can be told."""
+
+    retry_failed: bool = False
+    """Start jobs again that have failed, from their checkpoints where they have one; ``--retry-failed`` sets it."""
+
+    keep: Keep = Keep.all
+    """Which finished jobs keep weights and checkpoints on disk: all, those of the best arm, adapters only, none."""
+
+
+class Sweeper(HydraSweeper):
+    """Base of ftrun's own sweepers."""
+
+    settings_class: ClassVar[type[SweeperSettings]] = SweeperSettings
+
+    def __init__(self, **given: Any) -> None:
+        self._given = given
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Read the settings, and make the launcher that jobs go to.
+
+        Raises:
+            ConfigError: With everything that is wrong with them.
+        """
+        self.settings: Any = self.settings_class.read(self._given, "hydra.sweeper.")
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Hydra's way in, which is not ftrun's: a sweep has a folder, which `ftrun.sweep.run` knows."""
+        raise NotImplementedError("ftrun -m calls search")
+
+    @abstractmethod
+    def swept(self, words: Sequence[str]) -> Sequence[str]:
+        """Return the keys that the words give several values to."""
+
+    @abstractmethod
+    def points(self, words: Sequence[str]) -> Iterable[Point]:
+        """Yield the points that are known before the first run: of a search, its corners."""
+
+    @abstractmethod
+    def search(self, sweep: Sweep, words: Sequence[str]) -> None:
+        """Have the sweep freeze points, note that it was asked for them, and bring their jobs to their end."""
