@@ -125,22 +125,39 @@ def _check(words: list[str]) -> int:
     from ftrun import words as typed
     from ftrun.display import console
 
-    overrides = [word for word in words if word != _QUICK]
+    is_quick, probe = _QUICK in words, _PROBE in words
+    overrides = [word for word in words if word not in (_QUICK, _PROBE)]
+    if is_quick and probe:
+        raise ConfigError([Problem(_PROBE, f"takes real steps, and {_QUICK} none", "one of them")])
     if multirun := _without_multirun(overrides):
-        from ftrun.sweep import run
-
-        _, points = run.check(multirun)
-        console.print(f"[green]no problems[/] in {len(points)} runs")
-        return 0
+        return _check_sweep(multirun, is_quick=is_quick, probe=probe)
     where, overrides = typed.apart(overrides)
-    cfg = launch.check(overrides)
     if where:
         compose.launcher_alone(where)
-    if _QUICK not in words:
-        from ftrun import weights
+    cfg = launch.check(overrides)
+    if not is_quick:
+        from ftrun import estimate
 
-        weights.show(cfg)
+        estimate.show(cfg, probe=probe)
     console.print("[green]no problems[/]")
+    return 0
+
+
+def _check_sweep(words: list[str], *, is_quick: bool, probe: bool) -> int:
+    from ftrun.display import console
+    from ftrun.launcher import Launcher
+    from ftrun.sweep import run
+
+    if probe:
+        raise ConfigError([Problem(_PROBE, "is about one run", f"ftrun check {_PROBE} KEY=VALUE")])
+    checked = run.check(words)
+    if not is_quick:
+        from ftrun import estimate
+
+        launcher, keep = checked.sweeper.launcher, checked.sweeper.settings.keep
+        slots = launcher.slots if isinstance(launcher, Launcher) else 1
+        estimate.show_sweep(checked.count, checked.shapes, slots=slots, keep=keep, folder=checked.folder)
+    console.print(f"[green]no problems[/] in {checked.count} runs")
     return 0
 
 
@@ -210,6 +227,41 @@ def _runs(words: list[str]) -> int:
     return 0
 
 
+def _compare(words: list[str]) -> int:
+    from ftrun import compare
+
+    parser = _parser("compare", "Show in what runs differ and what came of it; of a sweep, its leaderboard and report.")
+    parser.add_argument("folder", nargs="+", type=Path, help="of a run or a sweep")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    asked = parser.parse_args(words)
+    compare.show(asked.folder, as_json=asked.json)
+    return 0
+
+
+def _diff(words: list[str]) -> int:
+    from ftrun import compare
+
+    parser = _parser("diff", "Show all in which two runs differ: config, versions, data, model, results.")
+    parser.add_argument("first", type=Path, help="a run's folder")
+    parser.add_argument("second", type=Path, help="another's")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    asked = parser.parse_args(words)
+    compare.diff(asked.first, asked.second, as_json=asked.json)
+    return 0
+
+
+def _cancel(words: list[str]) -> int:
+    from ftrun import cancel
+    from ftrun.display import console
+
+    parser = _parser("cancel", "Stop a run, or all jobs of a sweep, here or on SLURM; they save first.")
+    parser.add_argument("folder", type=Path, help="of the run or the sweep")
+    folder = parser.parse_args(words).folder
+    count = cancel.cancel(folder)
+    console.print(f"stopped {count} {'run' if count == 1 else 'runs'}" if count else "nothing was under way")
+    return 0
+
+
 def _env(words: list[str]) -> int:
     from ftrun import environment
     from ftrun.display import console
@@ -251,6 +303,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "cache": _cache,
     "runs": _runs,
+    "compare": _compare,
+    "diff": _diff,
+    "cancel": _cancel,
     "env": _env,
     "resume": _resume,
     "completion": _completion,
@@ -260,6 +315,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 _QUICK = "--quick"
 """Has ``ftrun check`` leave out what needs torch."""
+
+_PROBE = "--probe"
+"""Has ``ftrun check`` take two steps for real."""
 
 
 _RETRY = "--retry-failed"

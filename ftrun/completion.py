@@ -57,6 +57,9 @@ _FLAGS = {
     "cache": ("--clear", "--json", "--prune"),
     "list": ("--json",),
     "runs": ("--json",),
+    "compare": ("--json",),
+    "diff": ("--json",),
+    "resume": ("--retry-failed",),
     "env": ("--json",),
 }
 
@@ -86,7 +89,7 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
         )
     elif before and before[0] == "completion":
         yield from SHELLS
-    elif before and before[0] in ("runs", "resume", "env", "cache"):
+    elif before and before[0] in ("runs", "compare", "diff", "cancel", "resume", "env", "cache"):
         return
     else:
         if not before:
@@ -97,7 +100,8 @@ def _possible(before: Sequence[str], last: str) -> Iterator[str]:
 def _words(before: Sequence[str], last: str) -> Iterator[str]:
     key, equals, _ = last.partition("=")
     if last.startswith("-"):
-        yield from (*options.FLAGS, "-h", "-m", *(["--quick"] if before[:1] == ["check"] else []))
+        more = ["--quick", "--probe"] if before[:1] == ["check"] else ["--retry-failed"] if "-m" in before else []
+        yield from (*options.FLAGS, "-h", "-m", *more)
     elif key == "sweep" and ("-m" in before or "--multirun" in before):
         yield from (f"sweep={name}" for name in options.sweeps())
     elif equals and key in options.GROUPS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftrun import diagnose, fields, launcher, options, plugin, words
+from ftrun import diagnose, fields, launcher, model, options, plugin, words
 from ftrun.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def launcher_alone(where: Sequence[str]) -> Launcher:
 
 def _hydra(where: Sequence[str]) -> tuple[DictConfig, HydraContext]:
     """Compose Hydra's own part of the tree, for jobs that are told a path and nothing else."""
-    ConfigStore.instance().store(name=_JOB, node=launcher.JobConfig, provider="ftrun")
+    ConfigStore.instance().store(name=_JOB, node=launcher.JobConfig(driver=os.getpid()), provider="ftrun")
     problems: list[Problem] = []
     given = [override for word in where for override in words.parse(word, problems)]
     groups = [override for override in given if override.key_or_group in options.LAUNCHING]
@@ -227,8 +228,9 @@ def _hydra(where: Sequence[str]) -> tuple[DictConfig, HydraContext]:
     typed = {override.key_or_group for override in groups}
     defaults = {"hydra/launcher": "local", "hydra/sweeper": "grid"}
     chosen = [f"{group}={name}" for group, name in defaults.items() if group not in typed]
-    # Launchers of others make a folder for each job, which here has one already.
-    apart = ["hydra.sweep.dir=${oc.env:TMPDIR,/tmp}/ftrun-hydra", "hydra.output_subdir=null"]
+    # Launchers of others make a folder for each job, which here has one already; submitit's is read on other machines.
+    theirs = words.as_text(str(model.cache_folder() / "launchers"))
+    apart = [f"hydra.sweep.dir={theirs}", "hydra.output_subdir=null", "hydra/job_logging=none"]
     with _initialized():
         base = compose(_JOB, [*chosen, *map(_text, groups), *apart], return_hydra_config=True)
         values = [override for override in given if override not in groups]

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,24 @@ class Receiver:
 _sender: socket.socket | None = None
 
 
+_moved = time.monotonic()
+
+
+def mark() -> None:
+    """Note that the work has moved on, where it is long and there is nothing to tell."""
+    global _moved
+    _moved = time.monotonic()
+
+
+def moved() -> float:
+    """Return when the work last moved on, on the clock of `time.monotonic`."""
+    return _moved
+
+
 def send(kind: str, **values: Any) -> None:
     """Tell the driver something, if there is one. Of several processes, the first speaks for all."""
     global _sender
+    mark()
     address = os.environ.get(VARIABLE)
     if not address or (kind != "process" and os.environ.get("RANK", "0") != "0"):
         return

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -81,9 +82,15 @@ def plain(value: Any) -> Any:
 
 def to_yaml(values: dict[str, Any]) -> str:
     """Return plain values as YAML that OmegaConf reads back as they are."""
+    return "".join(_entry(name, json.dumps(value)) for name, value in values.items())
+
+
+@functools.lru_cache(maxsize=256)
+def _entry(name: str, value: str) -> str:
+    """Return one of the outermost entries as YAML: of many configs, most have most of them alike."""
     import yaml
 
-    return str(yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
+    return str(yaml.dump({name: json.loads(value)}, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,27 @@ def start(address: str) -> subprocess.Popen[bytes]:
 def serve(address: str) -> None:
     """Import everything, then fork a worker for each request until the parent process ends."""
     parent = os.getppid()
-    for module in PRELOADED:
-        importlib.import_module(module)
+    with _silence():
+        for module in PRELOADED:
+            importlib.import_module(module)
     gc.freeze()  # or each worker's collector would look through all of that, and copy its pages
     server = _Server(address)
     while os.getppid() == parent:
         server.turn()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep off the terminal what libraries say when they are imported: it is no run's."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 _MOST_HELD = 64

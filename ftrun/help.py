@@ -22,15 +22,18 @@ _FORMAT_KEY = plugin.KEYED[plugin.Format.group][1]
 
 _COMMANDS = {
     "ftrun [KEY=VALUE ...]": "train; without a word, fine-tunes a small model on rows that ship with ftrun",
-    "ftrun -m [KEY=VALUE,VALUE ...]": "a run for each combination of the values, one after another",
+    "ftrun -m [KEY=VALUE,VALUE ...]": "a run for each combination of the values, and a leaderboard",
     "ftrun list [GROUP[=OPTION]]": "the groups, a group's options, or an option's keys",
     "ftrun show [KEY=VALUE ...]": "the whole config as YAML, every default written out; runs nothing",
-    "ftrun check [KEY=VALUE ...]": "all that is wrong with a run, before it starts; the groups of weights",
+    "ftrun check [-m] [KEY=VALUE ...]": "all that is wrong, before it starts; memory, time and disk",
     "ftrun preview [KEY=VALUE ...]": "rows as they will be trained on: what is masked, cut, skipped",
     "ftrun prepare [KEY=VALUE ...]": "fetch the model and tokenise the rows ahead of a run",
     "ftrun cache": "the tokenised rows that are kept, and deleting them",
     "ftrun runs [FOLDER]": "the runs so far: status, loss, time",
-    "ftrun resume FOLDER": "go on with a run that was stopped",
+    "ftrun compare FOLDER ...": "in what runs differ, and what came of it; a sweep's leaderboard",
+    "ftrun diff FOLDER FOLDER": "all in which two runs differ",
+    "ftrun cancel FOLDER": "stop a run or a sweep, which saves first",
+    "ftrun resume FOLDER": "go on with a run or a sweep that was stopped",
     "ftrun env": "versions and hardware, for bug reports",
     "ftrun completion SHELL": "completion for bash, zsh or fish",
 }

@@ -1,6 +1,6 @@
 """What a sweep leaves on the disk of the weights that its jobs made: all, the best arm's, adapters only, or none.
 
-Results, metrics, logs and pictures always stay; so a job whose weights have gone is still completed, and not done again.
+Results, metrics, logs and pictures always stay, so a job whose weights have gone is still completed and not done again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ftrun import board, record
-from ftrun.board.arms import Arm, Table
-from ftrun.board.rows import Row
+from ftrun import record
 from ftrun.record import Status
+
+if TYPE_CHECKING:
+    from ftrun.board import Arm, Row, Table
 
 
 class Keep(StrEnum):
@@ -50,7 +52,9 @@ def apply(folder: Path, policy: Keep, *, over: bool = False) -> Freed:
         policy: What stays.
         over: Whether no job is going to be gone on with.
     """
-    if policy is Keep.all:
+    from ftrun import board
+
+    if policy == Keep.all:
         return Freed()
     jobs = size = 0
     for table in board.load(folder).tables:
@@ -63,7 +67,7 @@ def apply(folder: Path, policy: Keep, *, over: bool = False) -> Freed:
 def _losing(table: Table, policy: Keep, *, over: bool) -> Iterator[Row]:
     best = table.best
     for arm in table.arms:
-        if policy is Keep.best and (arm is best or not (over or _is_beaten(arm, best))):
+        if policy == Keep.best and (arm is best or not (over or _is_beaten(arm, best))):
             continue
         yield from (row for row in arm.rows if row.status is Status.completed)
         if over:
@@ -77,11 +81,11 @@ def _is_beaten(arm: Arm, best: Arm | None) -> bool:
 
 def _doomed(folder: Path, policy: Keep) -> Iterator[Path]:
     model = folder / record.MODEL
-    keeps_model = policy is Keep.adapters and (model / "adapter_config.json").exists()
+    keeps_model = policy == Keep.adapters and (model / "adapter_config.json").exists()
+    yield from list(folder.glob(f".*{_GOING}"))  # left by one that was killed
     yield folder / record.CHECKPOINTS
     if not keeps_model:
         yield model
-    yield from folder.glob(f".*{_GOING}")  # left by one that was killed
 
 
 _GOING = ".going"

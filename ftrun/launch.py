@@ -6,7 +6,6 @@ This process never imports torch; the workers never see Hydra; between them is o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -108,7 +107,7 @@ def resume(folder: Path) -> Result:
             fix = f"delete it: the run goes on from its newest checkpoint ({folder / record.CHECKPOINTS})"
             raise ConfigError([Problem(str(folder / record.RESULT), f"cannot be read: {error}", fix)]) from None
         if result.status is Status.running and result.holder:
-            raise _is_held(folder, result.holder)
+            raise record.Held.by(result.holder, folder)
         if result.status is Status.completed:
             raise ConfigError(
                 [
@@ -120,28 +119,6 @@ def resume(folder: Path) -> Result:
                 ]
             )
     return start(folder)
-
-
-def _is_held(folder: Path, holder: record.Holder) -> ConfigError:
-    message = f"is running: process {holder.pid} on {holder.host} holds it"
-    return ConfigError([Problem(str(folder), message, "wait for it, or stop that process")])
-
-
-def claim(folder: Path) -> None:
-    """Become the holder of a run's folder: of two processes that want to at once, one does.
-
-    Raises:
-        ConfigError: Another process holds it.
-    """
-    with (folder / record.RUN).open("rb") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks, on which two at the same moment are not seen
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        me = record.Holder.me()
-        if (folder / record.RESULT).exists():
-            result = Result.load(folder)
-            if result.status is Status.running and result.holder and result.holder != me:
-                raise _is_held(folder, result.holder)
-        Result(holder=me).save(folder)
 
 
 def _occupied(cfg: Config) -> Iterator[Problem]:
@@ -368,7 +345,7 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
     """
     run_file = folder / record.RUN
     cfg = Config.load(run_file)
-    claim(folder)
+    record.claim(folder)
     receiver = events.Receiver()
     try:
         with display, Signals(display.stopping) as signals:

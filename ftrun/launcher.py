@@ -5,12 +5,13 @@ Hydra's own launchers, and other people's, work as well: `do` is what they call 
 
 from __future__ import annotations
 
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,10 +21,13 @@ from hydra.plugins.plugin import Plugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ftrun import fields, words
+from ftrun import fields, record, words
 from ftrun.errors import ConfigError, FtrunError, Problem, RunFailed
 from ftrun.fields import MISSING
-from ftrun.record import Result, Status
+from ftrun.record import Holder, Result, Status
+
+if TYPE_CHECKING:
+    from ftrun.launch import Screen
 
 
 @dataclass(kw_only=True)
@@ -32,6 +36,9 @@ class JobConfig:
 
     run: str = MISSING
     """Path of a frozen ``run.yaml``."""
+
+    driver: int = 0
+    """The process that is at the sweep."""
 
 
 def override(folder: Path) -> str:
@@ -103,20 +110,72 @@ def do(cfg: DictConfig) -> dict[str, Any]:
     """Do a job, in this process' place: the task function for launchers that are not ftrun's.
 
     A run that is under way already, from before the driver died, is waited for.
-    """
-    from ftrun import launch
 
-    folder = Path(cfg.run).parent
+    Raises:
+        KeyboardInterrupt: The driver, whose process this is, was told to stop: no other job is to start.
+    """
+    from rich.markup import escape
+
+    from ftrun.display import Display, print_line
+
+    folder, is_driver = Path(cfg.run).parent, cfg.driver == os.getpid()
     while (result := Result.load(folder)).status is Status.running:
         time.sleep(1.0)
     if result.status is not Status.completed:
-        try:
-            result = launch.start(folder)
-        except FtrunError as error:
-            if not isinstance(error, RunFailed):
-                Result(status=Status.failed, reason=str(error)).save(folder)
-            result = Result.load(folder)
+        if not is_driver:
+            print_line(f"started {escape(folder.name)}")
+        result = bring(folder, Display(folder) if is_driver else Silent())
+        if not is_driver:
+            print_line(escape(" ".join([result.status, folder.name, *result.reason.splitlines()[:1]])))
+    if is_driver and result.status in (Status.interrupted, Status.preempted):
+        raise KeyboardInterrupt
     return {"status": result.status.value, "objective": result.objective}
+
+
+class Silent:
+    """A screen for a run whose driver has others, or is somewhere else."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show nothing."""
+
+    def stopping(self, interrupted: bool, again: bool) -> None:
+        """Say nothing."""
+
+
+def bring(folder: Path, screen: Screen) -> Result:
+    """Bring a frozen run to its end from this process; whatever happens, its folder says how it went.
+
+    A run that another process has come to hold meanwhile is left to that, and returned as running.
+    """
+    from ftrun import launch
+
+    try:
+        return launch.watch(folder, screen)
+    except KeyboardInterrupt:  # before there was anything to pass it on to
+        if Result.load(folder).holder == Holder.me():
+            Result(status=Status.interrupted, reason="before it started", **record.so_far(folder)).save(folder)
+        raise
+    except Exception as error:
+        result = Result.load(folder)
+        is_theirs = result.status is Status.running and result.holder != Holder.me()
+        if not is_theirs and not result.problems:  # with problems, the worker has said it all
+            reason = str(error) if isinstance(error, FtrunError) else f"{type(error).__name__}: {error}"
+            result = failed(folder, reason)
+        return result
+
+
+def failed(folder: Path, reason: str) -> Result:
+    """Say of a run that it failed, where it could not say so itself."""
+    last = record.latest_checkpoint(folder)
+    checkpoint = str(last.relative_to(folder)) if last else None
+    Result(status=Status.failed, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
+    return Result.load(folder)
 
 
 def register(group: str, name: str, cls: type[Plugin], settings_class: type[Settings]) -> None:

@@ -49,7 +49,10 @@ LAUNCHING = ("hydra/launcher", "hydra/sweeper")
 FLAGS = ("--help", "--version", "--multirun")
 """What is typed with dashes, besides ``-h`` and ``-m``."""
 
-COMMANDS = ("list", "show", "check", "preview", "prepare", "cache", "runs", "env", "resume", "completion")
+COMMANDS = (
+    "list", "show", "check", "preview", "prepare", "cache", "runs", "compare", "diff", "cancel", "env", "resume",
+    "completion",
+)  # fmt: skip
 
 
 def working_conf() -> Path | None:

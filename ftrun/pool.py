@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftrun import config, events, forkserver, launch, processes, record
-from ftrun.errors import ConfigError
 from ftrun.hardware import Device, Hardware
 from ftrun.pool_display import PoolDisplay
 from ftrun.record import Result, Status
@@ -130,8 +129,8 @@ class Pool:
     def _attempt(self, folder: Path, hardware: Hardware, slot: Slot, signals: Signals) -> Attempt | None:
         """Start a run; if somebody else has just done that, watch theirs."""
         try:
-            launch.claim(folder)
-        except ConfigError:
+            record.claim(folder)
+        except record.Held:
             slot.release()
             return Attempt(folder)
         receiver = events.Receiver()

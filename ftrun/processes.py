@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Protocol
 
 from ftrun import forkserver, record
+from ftrun.errors import ConfigError, Problem
 from ftrun.hardware import Device, Hardware
 
 GRACE_SECONDS = 10.0
 """How long the other processes of a run have to end by themselves once one has failed."""
+
+NODE_RANK = "FTRUN_NODE_RANK"
+"""Environment variable that says which of a run's machines this is, counted from 0."""
 
 
 class Process(Protocol):
@@ -51,14 +55,17 @@ def start(
         env: Environment variables besides this process's own and `worker_environment`.
         out: File descriptor for standard output instead of the log.
         held: Open files that they keep open as long as they live: locks.
+
+    Raises:
+        ConfigError: The run is one of several machines, and nothing says which of them this is.
     """
-    env = worker_environment(hardware) | (env or {})
+    env = worker_environment(hardware) | record.Holder.me().to_environment() | (env or {})
     with run_file.with_name(record.LOG).open("ab") as log:
         output = log.fileno() if out is None else out
         if server := os.environ.get(forkserver.VARIABLE):
             forked = [
                 forkserver.fork(server, [str(run_file), *words], env | place, output, log.fileno(), held)
-                for place in _places(hardware.num_processes or 1)
+                for place in _places(hardware, run_file)
             ]
             return forked[0] if len(forked) == 1 else Together(forked)
         # A session of its own: Ctrl-C in the terminal reaches this process only, which then tells the workers.
@@ -74,22 +81,50 @@ def start(
 
 
 def command(hardware: Hardware, run_file: Path, words: Sequence[str] = ()) -> list[str]:
-    """Return the command that starts a run's processes, or, with further words, the one of a task.
+    """Return the command that starts this machine's processes of a run, or, with further words, of a task.
 
     ``accelerate launch`` starts one process on CPU whatever it is told, so several go through torchrun, which
     accelerate's own launcher wraps.
+
+    Raises:
+        ConfigError: There are several machines, and nothing says which of them this is.
     """
     worker = ["-m", "ftrun.worker", str(run_file), *words]
-    if hardware.num_processes == 1:
+    if not hardware.in_a_group:
         return [sys.executable, *worker]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={hardware.num_processes}",
-        *worker,
-    ]
+    meeting = ["--standalone"]
+    if hardware.num_nodes > 1:
+        node, address, port = _meeting(hardware, run_file)
+        meeting = [
+            f"--nnodes={hardware.num_nodes}",
+            f"--node-rank={node}",
+            f"--master-addr={address}",
+            f"--master-port={port}",
+        ]
+    torchrun = ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={hardware.num_processes}"]
+    return [sys.executable, *torchrun, *worker]
+
+
+def _meeting(hardware: Hardware, run_file: Path) -> tuple[int, str, int]:
+    """Return which of a run's machines this is, counted from 0, and where the first one listens.
+
+    Raises:
+        ConfigError: The environment does not say so.
+    """
+    found = [os.environ.get(name, "") for name in _MEETING]
+    node, address, port = found
+    if node.isdigit() and int(node) < hardware.num_nodes and address and port.isdigit():
+        return int(node), address, int(port)
+    wrong = ", ".join(f"{name}={value or 'nothing'}" for name, value in zip(_MEETING, found, strict=True))
+    message = f"is {hardware.num_nodes}, and a process does not know which machine it is on ({wrong})"
+    by_hand = (
+        f"on each machine N from 0 on: torchrun --nnodes={hardware.num_nodes} --node-rank=N --master-addr=FIRST_MACHINE"
+        f" --master-port=29500 --nproc-per-node={hardware.num_processes} -m ftrun.worker {run_file}"
+    )
+    raise ConfigError([Problem("hardware.num_nodes", message, f"hydra/launcher=slurm, or {by_hand}")])
+
+
+_MEETING = (NODE_RANK, "MASTER_ADDR", "MASTER_PORT")
 
 
 def worker_environment(hardware: Hardware) -> dict[str, str]:
@@ -107,20 +142,30 @@ def worker_environment(hardware: Hardware) -> dict[str, str]:
     return env
 
 
-def _places(count: int) -> list[dict[str, str]]:
-    """Return what tells each of several processes on this machine its place, as torchrun does."""
-    if count == 1:
+def _places(hardware: Hardware, run_file: Path) -> list[dict[str, str]]:
+    """Return what tells each process of this machine its place, as torchrun does.
+
+    Raises:
+        ConfigError: There are several machines, and nothing says which of them this is.
+    """
+    if not hardware.in_a_group:
         return [{}]
-    with socket.socket() as free:  # the first process listens there a moment later
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    here = hardware.num_processes or 1
+    node, address, port = _meeting(hardware, run_file) if hardware.num_nodes > 1 else (0, "127.0.0.1", _free_port())
     world = {
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
+        "WORLD_SIZE": str(hardware.world_size),
+        "LOCAL_WORLD_SIZE": str(here),
     }
-    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [world | {"RANK": str(node * here + local), "LOCAL_RANK": str(local)} for local in range(here)]
+
+
+def _free_port() -> int:
+    """Return a port that nobody listens at: the first process does, a moment later."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class Together:

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ftrun.errors import Problem
+from ftrun.errors import ConfigError, Problem
 
 RUN, MANIFEST, METRICS, SAMPLES = "run.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
@@ -41,6 +42,8 @@ PAUSE, RUNGS = "pause.json", "rungs.jsonl"
 
 HEARTBEAT_SECONDS = 10
 """How often a running worker touches ``result.json``."""
+
+_STARTER = "FTRUN_STARTER"
 
 _DEAD_AFTER_SECONDS = 12 * HEARTBEAT_SECONDS
 
@@ -83,6 +86,15 @@ class Holder:
     def me(cls) -> Holder:
         """Return this process."""
         return cls(host=socket.gethostname(), pid=os.getpid(), started=_start_ticks(os.getpid()))
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the environment variable by which a worker knows who has started it."""
+        return {_STARTER: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Holder | None:
+        """Return who has started this process, if ftrun has."""
+        return cls(**json.loads(given)) if (given := os.environ.get(_STARTER)) else None
 
     def is_alive(self, last_sign: float) -> bool:
         """Tell whether the process lives; on another host, by its last heartbeat (seconds since the epoch)."""
@@ -224,6 +236,35 @@ class Rung:
         """Return how a run ends that pauses here."""
         values = {name: value for name, value in asdict(self).items() if name != "pause"}
         return Result(status=Status.paused, **values)
+
+
+class Held(ConfigError):
+    """Another process is at a run."""
+
+    @classmethod
+    def by(cls, holder: Holder, folder: Path) -> Held:
+        """Say which process."""
+        message = f"is running: process {holder.pid} on {holder.host} holds it"
+        return cls([Problem(str(folder), message, "wait for it, or stop that process")])
+
+
+def claim(folder: Path, *, after: Holder | None = None) -> None:
+    """Become the holder of a run's folder: of two processes that want to at once, one does.
+
+    Args:
+        folder: The run's folder.
+        after: The process that holds it for this one to take over.
+
+    Raises:
+        Held: Another process holds it.
+    """
+    with (folder / RUN).open("rb") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks, on which two at the same moment are not seen
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        result, me = Result.load(folder), Holder.me()
+        if result.status is Status.running and result.holder and result.holder not in (me, after):
+            raise Held.by(result.holder, folder)
+        Result(holder=me).save(folder)
 
 
 def is_run(folder: Path) -> bool:

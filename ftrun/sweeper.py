@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.plugins import Plugins
@@ -14,20 +13,12 @@ from hydra.plugins.sweeper import Sweeper as HydraSweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from ftrun.keep import Keep
 from ftrun.launcher import Settings
 
 if TYPE_CHECKING:
     from ftrun.sweep.points import Point
     from ftrun.sweep.run import Sweep
-
-
-class Keep(StrEnum):
-    """What finished jobs of a sweep keep on disk besides their records."""
-
-    all = "all"
-    best = "best"
-    adapters = "adapters"
-    none = "none"
 
 
 @dataclass(kw_only=True)

@@ -154,6 +154,10 @@ class Train:
     """Save and keep a checkpoint where an evaluation has the best objective so far, and end with its weights instead of
     the last ones."""
 
+    stall_minutes: float | None = ranged(60.0, gt=0)
+    """End the run as failed if nothing has moved for this many minutes: no step, no batch evaluated, no row encoded, no
+    reply written. A download that takes longer counts, too: `ftrun prepare` does it beforehand. null waits for ever."""
+
     profile_steps: int = ranged(0, ge=0)
     """Profile this many steps after three for warming up, into ``profile/``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -21,20 +22,25 @@ def show(cfg: Config) -> None:
     """Print the table of parameter groups, from the model's config alone: no weight is read."""
     groups: list[dict[str, Any]] = []
     try:
-        task.do("weights", cfg, lambda line: groups.append(json.loads(line)))
+        task.do("weights", copy.deepcopy(cfg), lambda line: groups.append(json.loads(line)))
     except RunFailed as error:
         console.print(f"[yellow]what trains is not known before the run:[/] {escape(_reason(error))}", soft_wrap=True)
         return
-    table = Table(*_COLUMNS, box=box.SIMPLE_HEAD)
-    for column in table.columns[2:]:
+    console.print(table(groups))
+
+
+def table(groups: list[dict[str, Any]]) -> Table:
+    """Return the table of parameter groups, as `ftrun.worker.weights.groups` describes them."""
+    made = Table(*_COLUMNS, box=box.SIMPLE_HEAD)
+    for column in made.columns[2:]:
         column.justify = "right"
     for group in groups:
-        table.add_row(*_cells(group))
+        made.add_row(*_cells(group))
     total = {name: _sum(groups, name) for name in ("tensors", "parameters", "state_bytes")}
     if len(groups) > 1:
-        table.add_section()
-        table.add_row("in all", "", f"{total['tensors']:,}", f"{total['parameters']:,}", "", "", _state(total))
-    console.print(table)
+        made.add_section()
+        made.add_row("in all", "", f"{total['tensors']:,}", f"{total['parameters']:,}", "", "", _state(total))
+    return made
 
 
 def _cells(group: dict[str, Any]) -> tuple[str, ...]:

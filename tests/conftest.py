@@ -19,11 +19,14 @@ import pytest
 
 from ftrun import forkserver, model, record
 from ftrun.record import Result
+from tests import typed
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 os.environ.update(SETTINGS)
 os.environ.pop("FTRUN_FORK_SERVER", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that is started compiles all of ftrun again
+PYTHONPATH = os.environ.get("PYTHONPATH")
 
 
 def _own_cache() -> str:
@@ -37,6 +40,7 @@ def _own_cache() -> str:
 
 
 os.environ["FTRUN_CACHE"] = _own_cache()
+os.environ["FTRUN_SLOTS"] = str(Path(os.environ["FTRUN_CACHE"]) / "slots")
 
 
 @dataclasses.dataclass
@@ -113,7 +117,7 @@ Ftrun = Callable[..., Done]
 
 
 @pytest.fixture
-def ftrun(forked: Start, tmp_path: Path) -> Ftrun:
+def ftrun(forked: Start, server: str, tmp_path: Path) -> Ftrun:
     """Run ``ftrun WORDS`` to its end, in a run folder that is known."""
     count = 0
 
@@ -128,9 +132,14 @@ def ftrun(forked: Start, tmp_path: Path) -> Ftrun:
             folder = tmp_path / words[1]
         elif not words or "=" in words[0]:
             words = (*words, f"output_dir={folder}")
-        process = forked(*words, **env)
-        out, err = process.communicate(timeout=600)
-        return Done(process.returncode, out, err, folder)
+        if env or os.environ.get("PYTHONPATH") != PYTHONPATH:  # which a process reads when it starts
+            process = forked(*words, **env)
+            out, err = process.communicate(timeout=600)
+            return Done(process.returncode, out, err, folder)
+        with tempfile.TemporaryDirectory() as place:
+            printed = Path(place, "out"), Path(place, "err")
+            code = typed.run(words, tmp_path, os.environ | {forkserver.VARIABLE: server}, *printed, timeout=600)
+            return Done(code, *(file.read_text() for file in printed), folder)
 
     return run
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,16 +29,17 @@ _REPEATED = 20
 """After so many points that are wrong in ways that are known, the others are not looked at."""
 
 
-def check(points: Iterable[Point], *, to_run: bool = True) -> list[tuple[Point, Config]]:
-    """Return the config of each point.
+def check(points: Iterable[Point]) -> Iterator[tuple[Point, Config]]:
+    """Yield the config of each point that gives one.
 
     Raises:
-        ConfigError: With everything that is wrong with any of them, once.
+        ConfigError: At the end, with everything that is wrong with any of them, once.
     """
     examined = Examined()
-    found = [(point, cfg) for point in points if (cfg := examined.config(point, to_run=to_run))]
+    for point in points:
+        if (cfg := examined.config(point)) is not None:
+            yield point, cfg
     examined.raise_problems()
-    return found
 
 
 def freeze(points: Iterable[Point], ledger: Ledger, slots: int) -> list[Job]:
@@ -156,15 +157,7 @@ class Examined:
         cfg = copy.deepcopy(known)
         for key, value in values:
             OmegaConf.update(node, key, value, merge=True)
-            *parents, name = key.split(".")
-            owner: Any = cfg
-            for parent in parents:
-                owner = owner[parent] if isinstance(owner, dict) else getattr(owner, parent)
-            value = OmegaConf.select(node, key)
-            if isinstance(owner, dict):
-                owner[name] = value
-            else:
-                setattr(owner, name, value)
+            _set(cfg, key.split("."), OmegaConf.select(node, key))
         return cfg, config.judge_object(cfg, words)
 
     def _plain_value(self, word: str) -> tuple[str, Any] | None:
@@ -178,3 +171,14 @@ class Examined:
                 is_plain = isinstance(value, int | float | str) and "${" not in str(value) and value != MISSING
             self._plain[word] = (override.key_or_group, value) if override and is_plain else None
         return self._plain[word]
+
+
+def _set(owner: Any, path: list[str], value: Any) -> None:
+    """Set what a path of names and indices leads to."""
+    name, *rest = path
+    if isinstance(owner, list):
+        _set(owner[int(name)], rest, value)  # an entry of a list is a config of its own
+    elif isinstance(owner, dict):
+        _set(owner[name], rest, value) if rest else owner.__setitem__(name, value)
+    else:
+        _set(getattr(owner, name), rest, value) if rest else setattr(owner, name, value)

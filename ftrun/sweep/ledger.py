@@ -101,12 +101,17 @@ class Ledger:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Be the one process that is at the sweep.
+        """Be the one process that is at the sweep; one that comes to nothing leaves no folder.
 
         Raises:
-            ConfigError: Another one is.
+            ConfigError: Another one is, or there can be no such folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"{self.folder} cannot be made: {error.strerror}"
+            raise ConfigError([Problem("output_dir", message, "another folder")]) from None
         with (self.folder / DRIVER).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,6 +129,11 @@ class Ledger:
                 yield
             finally:
                 lock.truncate(0)
+                if not is_sweep(self.folder) and new:
+                    (self.folder / DRIVER).unlink()
+                    with contextlib.suppress(OSError):
+                        for folder in new:
+                            folder.rmdir()
 
     def driver(self) -> Holder | None:
         """Return the process that is at the sweep, if one is."""

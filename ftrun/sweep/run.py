@@ -10,15 +10,16 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ftrun import board, compose, launcher
+from ftrun import board, compose, estimate, keep, launcher
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
 from ftrun.record import Pause, Result, Rung, Status
 from ftrun.sweep import freeze, points
 from ftrun.sweep.ledger import Ask, Job, Ledger
-from ftrun.sweep.points import Point
+from ftrun.sweep.points import Point, parse
 from ftrun.sweeper import Sweeper
 from ftrun.words import apart
 
@@ -49,28 +50,41 @@ def resume(folder: Path, *, retry_failed: bool = False) -> Sweep:
     return _conduct(asks[-1], folder, retry_failed=retry_failed)
 
 
-def check(words: Sequence[str]) -> tuple[Sweeper, list[tuple[Point, Config]]]:
-    """Return the sweeper, and the points that are known beforehand with their configs.
+@dataclass(frozen=True)
+class Checked:
+    """A sweep that has been looked at and not started."""
+
+    sweeper: Sweeper
+    folder: Path
+    count: int
+    """How many points are known beforehand."""
+
+    shapes: list[tuple[Config, int]]
+    """A config of each shape (see `ftrun.estimate.shapes`), and how many points have it."""
+
+
+def check(words: Sequence[str]) -> Checked:
+    """Look at every point that is known beforehand.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
     where, rest = apart(points.expand(words))
     sweeper = compose.sweeper(where)
-    return sweeper, freeze.check(sweeper.points(_without_folder(rest)))
+    given = sweeper.points(_without_folder(rest))
+    shapes = estimate.shapes(cfg for _, cfg in freeze.check(given))
+    folder = _folder(sweeper, rest, _title(words))
+    return Checked(sweeper, folder, sum(count for _, count in shapes), shapes)
 
 
 def _conduct(ask: Ask, folder: Path | None = None, *, retry_failed: bool) -> Sweep:
     where, words = apart(ask.words)
     sweeper = compose.sweeper(where)
     sweeper.settings.retry_failed = sweeper.settings.retry_failed or retry_failed
-    given = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("output_dir=")]
-    words = _without_folder(words)
-    chosen = folder or Path(given[-1] if given else Path("outputs", "sweeps", _name(sweeper, words, ask.title)))
-    sweep = Sweep(sweeper, chosen.expanduser().resolve(), ask, is_resumed=folder is not None)
+    sweep = Sweep(sweeper, folder or _folder(sweeper, words, ask.title), ask, is_resumed=folder is not None)
     with sweep.ledger.held():
         try:
-            sweeper.search(sweep, words)
+            sweeper.search(sweep, _without_folder(words))
         except Stopped:
             pass
         finally:
@@ -140,6 +154,7 @@ class Sweep:
         """Write the leaderboard as it stands, and delete what is not to be kept."""
         if self.ledger.jobs():
             board.write(self.folder)
+            keep.apply(self.folder, self.settings.keep)
 
 
 def _without_folder(words: Sequence[str]) -> list[str]:
@@ -150,6 +165,13 @@ def _without_folder(words: Sequence[str]) -> list[str]:
 def _title(words: Sequence[str]) -> str:
     """Return the name of the sweep file, if one is typed."""
     return next((word.partition("=")[2] for word in words if word.startswith("sweep=")), "")
+
+
+def _folder(sweeper: Sweeper, words: Sequence[str], title: str) -> Path:
+    """Return where a sweep's folder is."""
+    given = [str(override.value()) for word in words if word.startswith("output_dir=") if (override := parse(word))]
+    default = Path("outputs", "sweeps", _name(sweeper, _without_folder(words), title))
+    return Path(given[-1] if given else default).expanduser().resolve()
 
 
 def _name(sweeper: Sweeper, words: Sequence[str], title: str) -> str:

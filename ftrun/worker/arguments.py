@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ftrun import record
 from ftrun.errors import ConfigError, Problem
 from ftrun.train import Precision
+from ftrun.worker import sharding
 
 if TYPE_CHECKING:
     from ftrun.worker.training import Run
@@ -26,6 +27,7 @@ def arguments(run: Run, model: nn.Module | None = None) -> dict[str, Any]:
         ConfigError: The device cannot compute in the wanted type.
     """
     train, hardware = run.cfg.train, run.cfg.hardware
+    sharding.open_group(hardware)
     return {
         "output_dir": str(run.folder / record.CHECKPOINTS),
         "run_name": run.name,
@@ -50,6 +52,7 @@ def arguments(run: Run, model: nn.Module | None = None) -> dict[str, Any]:
         "report_to": "none",
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": run.cfg.optimizer.skips_weights,
+        "deepspeed": sharding.deepspeed_config(run.cfg) if hardware.sharding.uses_deepspeed else None,
         "ignore_data_skip": run.cfg.data.streaming,  # a stream goes on by itself where it was
     }
 

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: logging, evaluating, saving, skipping, stopping."""
+"""What happens between the steps of a run: logging, evaluating, saving, skipping, pausing, stopping."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ftrun import events
+from ftrun import events, record
 from ftrun.errors import RunFailed
-from ftrun.worker import stop
+from ftrun.record import Pause, Rung, Status
+from ftrun.worker import device, stop
 from ftrun.worker.best import objective_of
 from ftrun.worker.schedule import PlateauLR
 
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
 
 
 class Conduct(TrainerCallback):
-    """Decides before each step whether it is taken, and after it whether to log, evaluate, save or stop."""
+    """Decides before each step whether it is taken, and after it whether to log, evaluate, save, pause or stop."""
 
     def __init__(self, trainer: RunTrainer, run: Run, checkpoint: Path | None) -> None:
         self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
         self._mark = 0.0  # when training was last (re)started
         self._take_back: Callable[[], None] | None = None
         self._step_left_out: Callable[..., Any] | None = None
+        self._pause = Pause.load(run.folder)
+        self._pause_step: int | None = None
+        self._judges = True  # whether the evaluation under way has consequences
+        self._pauses = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,6 +40,9 @@ class Conduct(TrainerCallback):
         assert state.max_steps == self.run.total_steps, (state.max_steps, self.run.total_steps)
         if self.checkpoint:
             self.trainer.restore(self.checkpoint)
+        self._find_pause(state.max_steps)
+        if self._pause_step and self._pause_step <= state.global_step:
+            self._pause_here(state)
         events.send("start", step=state.global_step, total=state.max_steps)
         self._mark = time.monotonic()
 
@@ -81,24 +89,35 @@ class Conduct(TrainerCallback):
         events.send("step", step=step)
         last = step >= state.max_steps
         told = self._told_to_stop() and not last
+        self._pauses = step == self._pause_step
+        self._judges = last or bool(train.eval_every and step % train.eval_every == 0)
         control.should_log = step % train.log_every == 0 or step == 1 or last
-        control.should_evaluate = bool(self.run.rows.evals) and (
-            last or bool(train.eval_every and step % train.eval_every == 0)
-        )
-        control.should_save = told or (bool(train.save_every) and step % train.save_every == 0 and not last)
-        control.should_training_stop = told or last
+        control.should_evaluate = bool(self.run.rows.evals) and (self._judges or self._pauses)
+        regular = bool(train.save_every) and step % train.save_every == 0 and not last
+        control.should_save = told or self._pauses or regular
+        control.should_training_stop = told or self._pauses or last
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.guard.settle()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the consequences of an evaluation, and leave the time it took out of the speed."""
-        if state.global_step and self.run.cfg.train.judged_by_evaluation:
+        # An evaluation that only a pause has made decides nothing: training goes on as it would have without.
+        if state.global_step and self._judges and self.run.cfg.train.judged_by_evaluation:
             self._judge(kwargs["metrics"], state, control)
         self._mark = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the time it took out of the speed."""
+        """Pause, if that is what it was for, and leave the time it took out of the speed."""
+        if self._pauses and not self.trainer.stopped_early:
+            self._reach_rung(state)
+        events.mark()
         self._mark = time.monotonic()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show that something moves."""
+        events.mark()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,6 +151,64 @@ class Conduct(TrainerCallback):
                 f"stopped early: {name} was best after step {best.step}, {best.value}" if best.step else "stopped early"
             )
             events.send("note", text=text)
+
+    def _find_pause(self, total_steps: int) -> None:
+        """Take what the first process has read of a pause; at the last step or beyond it there is none."""
+        here = self._pause.of(total_steps) if self._pause and self.run.is_main else 0
+        (step,) = self.trainer.over_processes([float(here)])
+        self._pause_step = int(step) if 0 < step < total_steps else None
+
+    def _pause_here(self, state: TrainerState) -> None:
+        """Pause at a checkpoint that is at the pause's step or beyond it, without a step more.
+
+        That is one of a run that was killed just before it could say so, or had come further when its sweep began to
+        compare runs on the way.
+
+        Raises:
+            Stopped: Always.
+        """
+        trainer = self.trainer
+        (evaluated,) = trainer.over_processes([float(self.run.is_main and self._is_evaluated(state.global_step))])
+        if self.run.rows.evals and not evaluated:
+            self._judges = False
+            trainer._evaluate(None, None, skip_scheduler=True)
+        self._reach_rung(state)
+        told = trainer.callback_handler
+        told.on_train_end(trainer.args, state, trainer.control)
+        told.callbacks.clear()  # they know how it ended, and hear of no failure
+        raise stop.Stopped(Status.paused)
+
+    def _is_evaluated(self, step: int) -> bool:
+        lines = record.read_lines(self.run.folder / record.METRICS)
+        return any(line["step"] == step and any(name.startswith("eval_") for name in line) for line in lines)
+
+    def _reach_rung(self, state: TrainerState) -> None:
+        """Write down what the run has come to, as its end would, and have it stop."""
+        run, mean_loss = self.run, self._mean_loss()
+        if run.is_main:
+            assert self._pause is not None
+            lines = record.read_lines(run.folder / record.METRICS)
+            metrics = record.last_values(lines) | {"loss": mean_loss}
+            objective = objective_of(run.cfg, metrics)
+            speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+            rung = Rung(
+                pause=self._pause,
+                step=state.global_step,
+                metrics=metrics,
+                objective=metrics[objective] if objective else None,
+                tokens_per_second=round(sum(speeds) / len(speeds), 1) if speeds else None,
+                peak_memory_bytes=device.peak_memory_bytes(run.cfg.hardware.device),
+            )
+            rung.add_to(run.folder)
+        events.send("note", text=f"paused after step {state.global_step} of {state.max_steps}, as its sweep wants")
+        stop.request(Status.paused)
+
+    def _mean_loss(self) -> float:
+        """Return the mean loss of all steps so far, those that no line of metrics has yet among them."""
+        trainer = self.trainer
+        (unlogged,) = trainer.over_processes([trainer._tr_loss.item() / self.run.world_size])
+        steps = trainer.state.global_step - trainer.guard.skipped
+        return (trainer._total_loss_scalar + unlogged) / max(1, steps)
 
     def _told_to_stop(self) -> bool:
         """Tell whether any process was: all must stop after the same step."""

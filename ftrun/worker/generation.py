@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ftrun import events
 from ftrun.config import Config
 from ftrun.data import TrainOn
 from ftrun.data.rows import Conversation, Row
@@ -104,6 +105,7 @@ class Generator:
                 numbers = order[start:stop].tolist()
                 found = self._write(model, [prompts[number] for number in numbers], numbers)
                 written += zip(numbers, found, strict=True)
+                events.mark()
                 progress(len(written))
         everything = dict(gather_object(written) if world_size > 1 else written)
         return [everything[number] for number in range(len(prompts))]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import importlib
 import json
 import os
+import sys
 import threading
 import time
 import traceback
@@ -18,7 +20,7 @@ from typing import TextIO
 from ftrun import events, record
 from ftrun.config import Config
 from ftrun.errors import ConfigError, FtrunError
-from ftrun.record import Result, Status
+from ftrun.record import Pause, Result, Rung, Status
 from ftrun.worker import stop
 
 
@@ -40,8 +42,8 @@ def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
     events.send("process", rank=rank, pid=os.getpid())
     begun = time.monotonic()
     try:
-        with _held(folder) if rank == 0 else contextlib.nullcontext():
-            result = _attempt(functools.partial(_work, Path(run_file), task, options), folder)
+        with _Held(folder) if rank == 0 else contextlib.nullcontext() as held:
+            result = _attempt(functools.partial(_work, Path(run_file), task, options, held), folder)
         result.wall_seconds = round(time.monotonic() - begun, 3)
         # Of several processes the first speaks for all, but one that failed speaks first: the others are ended for it.
         if (rank == 0 or result.status is Status.failed) and not _another_failed(folder):
@@ -58,6 +60,8 @@ def _attempt(work: Callable[[], Result], folder: Path) -> Result:
     try:
         result = work()
     except stop.Stopped as stopped:
+        if stopped.status is Status.paused and (rung := _rung(folder)):
+            return rung.result()
         return Result(status=stopped.status, **record.so_far(folder))
     except BaseException as error:
         traceback.print_exc()
@@ -72,15 +76,31 @@ def _attempt(work: Callable[[], Result], folder: Path) -> Result:
     return result
 
 
+def _rung(folder: Path) -> Rung | None:
+    """Return what the run had come to where it is to pause, if it has been there."""
+    pause = Pause.load(folder)
+    return Rung.all_of(folder).get(pause) if pause else None
+
+
+def _is_paused(folder: Path) -> bool:
+    """Tell whether a run stands where it is to pause: with what it had come to, and a checkpoint of that step or on."""
+    rung, checkpoint = _rung(folder), record.latest_checkpoint(folder)
+    return bool(rung and checkpoint and record.step_of(checkpoint) >= rung.step)
+
+
 def _another_failed(folder: Path) -> bool:
     """Tell whether another process of the run has said that it failed; the launcher then ends this one."""
     return Result.load(folder).status is Status.failed
 
 
-def _work(run_file: Path, task: str | None, options: str) -> Result:
+def _work(run_file: Path, task: str | None, options: str, held: _Held | None) -> Result:
     cfg = Config.load(run_file)
     cfg.output_dir = str(run_file.parent.resolve())  # the folder may have been moved since it was frozen
+    if held and cfg.train.stall_minutes is not None:
+        held.give_up_after(cfg.train.stall_minutes)
     if task is None:
+        if _is_paused(cfg.folder):  # nothing to import and load for
+            raise stop.Stopped(Status.paused)
         _set_up(cfg)
         return cfg.stage.run(cfg)
     with _own_output() as output:
@@ -111,24 +131,62 @@ def _set_up(cfg: Config) -> None:
     transformers.set_seed(cfg.seed)
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold the folder: say who writes to it, and keep showing signs of life."""
-    Result(holder=record.Holder.me()).save(folder)
-    done = threading.Event()
+class _Held:
+    """Holds a run's folder: says who writes to it, keeps showing signs of life, and ends what moves no more.
 
-    def beat() -> None:
-        while not done.wait(record.HEARTBEAT_SECONDS):
+    Only the first of several processes does. Where another one hangs, the first waits for it in the next exchange
+    between them, and its end ends them all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._minutes: float | None = None
+        self._is_over = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> _Held:
+        Result(holder=record.Holder.me()).save(self._folder)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over = True
+        self._wake.set()
+        self._thread.join()
+
+    def give_up_after(self, minutes: float) -> None:
+        """From now on, end the process if nothing moves for so long."""
+        self._minutes = minutes
+        self._wake.set()
+
+    def _beat(self) -> None:
+        # Counted in beats: a process that is suspended, as clusters do to make room, does not stall meanwhile.
+        still, moved = 0.0, events.moved()
+        while not self._is_over:
+            seconds = min(record.HEARTBEAT_SECONDS, 15 * (self._minutes or 1.0))
+            if self._wake.wait(seconds):
+                self._wake.clear()
+                continue
             with contextlib.suppress(OSError):
-                os.utime(folder / record.RESULT)
+                os.utime(self._folder / record.RESULT)
+            still, moved = (still + seconds if moved == events.moved() else 0.0), events.moved()
+            if self._minutes is not None and still >= 60 * self._minutes:
+                self._give_up(self._minutes)
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    def _give_up(self, minutes: float) -> None:
+        """Leave word of what each thread was doing, and end the process: a thread that hangs cannot be told to."""
+        print(f"no progress for {minutes:g} minutes; what each thread was doing:", file=sys.stderr)  # noqa: T201
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        last = record.latest_checkpoint(self._folder)
+        Result(
+            status=Status.failed,
+            reason=f"no progress for {minutes:g} minutes, which is train.stall_minutes; the log says where it hung",
+            checkpoint=str(last.relative_to(self._folder)) if last else None,
+            **record.so_far(self._folder),
+        ).save(self._folder)
+        os._exit(1)
 
 
 def _reason(error: BaseException) -> str:
@@ -138,8 +196,6 @@ def _reason(error: BaseException) -> str:
 
 def _leave_process_group() -> None:
     """Close torch's process group: a worker that leaves it open may abort at exit."""
-    import sys
-
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from torch import nn
 
 from ftrun import events
@@ -25,6 +24,7 @@ from ftrun.model import identity
 from ftrun.worker import loading, noise, parameters, sampling
 from ftrun.worker.batches import Batch, is_flat
 from ftrun.worker.head import Head
+from ftrun.worker.store import locked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -216,6 +216,7 @@ def _of_store(
         found = torch.zeros(known.shape, device=trainer.args.device)
         computed = torch.zeros(len(stored), device=trainer.args.device)
         for batch in mine:
+            events.mark()
             collated = trainer.on_device(trainer.collate([_row(stored, index) for index in batch]))
             found[:, batch], computed[batch] = values(collated), 1.0
         found, computed = trainer.accelerator.reduce(found).cpu(), trainer.accelerator.reduce(computed).cpu()
@@ -254,16 +255,10 @@ def _key(trainer: RunTrainer, *, with_policy: bool) -> str:
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Be the only one who computes these values, where locks can be made."""
-    try:
-        lock = FileLock(f"{place}.lock")
-        lock.acquire()
-    except OSError:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(locked(Path(f"{place}.lock")))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _read(place: Path, shape: tuple[int, int]) -> np.ndarray[Any, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ftrun import events
 from ftrun.train import Train
 
 Array = np.ndarray[Any, Any]
@@ -204,4 +205,5 @@ def in_file_order(lengths: Array, budget: Budget, *, rank: int = 0, world_size: 
         yield []
     begins = budget.fill(np.asarray(lengths)[mine])
     for start, stop in itertools.pairwise(begins.tolist()):
+        events.mark()
         yield mine[start:stop].tolist()

@@ -47,6 +47,12 @@ def _handle(number: int, _: FrameType | None) -> None:
         raise Stopped(_requested)
 
 
+def request(status: Status) -> None:
+    """Have the run stop as if it had been told to, unless it has been already."""
+    global _requested
+    _requested = _requested or status
+
+
 def requested() -> Status | None:
     """Return why the run was told to stop, if it was."""
     return _requested

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from ftrun import model, plugin
+from ftrun import events, model, plugin
 from ftrun.config import Config
 from ftrun.data import Data, OnBadRow, Packing, TooLong, sources
 from ftrun.data.rows import BadRow, Conversation, Row
@@ -141,7 +141,7 @@ def _fetched(
         return stored
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(folder() / f"{key}.lock"):
+        with locked(folder() / f"{key}.lock"):
             if (stored := _stored(place)) is not None:  # somebody else was at it
                 return stored
             shutil.rmtree(place, ignore_errors=True)
@@ -155,6 +155,21 @@ def _fetched(
         raise ConfigError(
             [Problem("FTRUN_CACHE", message, "export FTRUN_CACHE=FOLDER of your own, with room")]
         ) from None
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Be the only one at something. To wait for another process, which is watched itself, is not to stand still."""
+    lock = FileLock(file)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=5.0)
+        except Timeout:
+            events.mark()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _stored(place: Path) -> StoredRows | None:
@@ -208,7 +223,7 @@ def _encode(place: Path, cfg: Config, tokenizer: PreTrainedTokenizerBase, opened
     for worker, (_, sender) in zip(workers, pipes, strict=True):
         worker.start()
         sender.close()
-    found = [_received(receiver) for receiver, _ in pipes]
+    found = [_received(receiver, place) for receiver, _ in pipes]
     for worker in workers:
         worker.join()
     for one in found:
@@ -220,8 +235,14 @@ def _encode(place: Path, cfg: Config, tokenizer: PreTrainedTokenizerBase, opened
     return report
 
 
-def _received(receiver: Any) -> Any:
+def _received(receiver: Any, place: Path) -> Any:
+    """Return what a process has to say, and show that it moves as long as the files there grow."""
+    size = -1
     try:
+        while not receiver.poll(timeout=5.0):
+            before, size = size, sum(file.stat().st_size for file in place.iterdir())
+            if size > before:
+                events.mark()
         return receiver.recv()
     except EOFError:
         return RuntimeError("a process that tokenised rows was killed")
@@ -258,6 +279,7 @@ class _Part:
             for first, batch in self._batches():
                 rows = [kept for found in self._encoded(first, batch) if (kept := self.report.take(found))]
                 writer.write_batch(record_batch(rows, self.sides, schema))
+                events.mark()
                 if self._enough():
                     break
         return self.report

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _WORDS_KEPT = 500_000
 """Words whose tokens are remembered; the cache starts anew when it is full."""
 
+_WORDS_PAY_AFTER = 100_000
+"""Characters of text after which remembering words has saved more than it costs to show that it may be done."""
+
 _GUARD = "\ufdd0"
 """Stands in front of a special token that is only text. A Unicode noncharacter, which no text may hold."""
 
@@ -44,6 +47,7 @@ class TextEncoder:
 
         self._special = _any_of(self.special)
         self._starts = sorted({token[0] for token in self.special})
+        self._num_characters = 0
 
     @functools.cached_property
     def _words(self) -> WordEncoder | None:
@@ -65,7 +69,8 @@ class TextEncoder:
             return [self._continued(text, earlier) for text, earlier in zip(texts, before, strict=True)]
         out: list[list[int] | None] = [None] * len(texts)
         others: list[int] = []
-        words = self._words
+        self._num_characters += sum(map(len, texts))
+        words = self._words if self._num_characters > _WORDS_PAY_AFTER else None
         for index, text in enumerate(texts):
             if _GUARD in text:
                 out[index] = self._guarded(text)
@@ -120,6 +125,7 @@ class TextEncoder:
             return []
         if self._backend is None:
             return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        self._backend.encode_special_tokens = False  # whatever the tokenizer's last caller has left
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @functools.cached_property

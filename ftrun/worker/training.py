@@ -21,16 +21,19 @@ import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import seed_worker
 
 from ftrun import events, record
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem, RunFailed
+from ftrun.hardware import CheckpointForm, Sharding
 from ftrun.record import Result
-from ftrun.worker import dataset, ending, loading, pack, parameters, sampling, schedule, stop
+from ftrun.worker import dataset, ending, loading, pack, parameters, sampling, schedule, sharding, stop
 from ftrun.worker.arguments import arguments
 from ftrun.worker.batches import (
     Batch,
@@ -103,7 +106,13 @@ class Run:
     def in_file_order(self, rows: Any, *, padded: bool) -> Iterator[list[Any]]:
         """Yield this process's share of a data set in batches of rows, each row once over all processes."""
         lengths, budget = self.tokens_in_a_batch(rows), self.budget(padded=padded)
-        for batch in sampling.in_file_order(lengths, budget, rank=self.rank, world_size=self.world_size):
+        ranks = range(self.world_size) if self.cfg.hardware.sharding.cuts_weights else [self.rank]
+        shares = {
+            rank: [*sampling.in_file_order(lengths, budget, rank=rank, world_size=self.world_size)] for rank in ranks
+        }
+        mine, most = shares[self.rank], max(map(len, shares.values()))
+        # Where a forward pass takes all processes, those with fewer batches go along with empty ones.
+        for batch in [*mine, *[[]] * (most - len(mine))]:
             yield [rows[index] for index in batch]
 
     def tokens_in_a_batch(self, rows: Any) -> sampling.Array:
@@ -161,24 +170,12 @@ class RunTrainer(Trainer):
         return self.train_dataset if isinstance(self.train_dataset, Stream) else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer that the config chooses.
-
-        Raises:
-            ConfigError: It needs whole weights, and FSDP or DeepSpeed cuts them up.
-        """
+        """Cut the model up, if processes share it out, and build the optimizer that the config chooses."""
         if self.optimizer is None:
-            self._refuse_shards()
+            if self.run.cfg.hardware.sharding is Sharding.fsdp2:
+                sharding.shard(self.model, self.run.cfg, self.args.device)
             self.optimizer = self.run.cfg.optimizer.build(model or self.model, self.run)
         return self.optimizer
-
-    def _refuse_shards(self) -> None:
-        chosen = self.run.cfg.optimizer
-        if self.is_deepspeed_enabled and not chosen.elementwise:
-            message = f"optimizer={chosen.name} needs the model's own weights, and ZeRO gives it pieces of flat copies"
-            raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without DeepSpeed")])
-        if self.is_fsdp_enabled and not chosen.takes_shards:
-            message = f"optimizer={chosen.name} looks at whole weights, and FSDP gives it shards of them"
-            raise ConfigError([Problem("optimizer", message, "optimizer=adamw, or training without FSDP")])
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Build the schedule that the config chooses."""
@@ -195,10 +192,15 @@ class RunTrainer(Trainer):
         self.guard.see(loss)
         return loss
 
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Average the gradients of each micro batch into shards: kept whole to the last, they would fill the device."""
+        return contextlib.nullcontext()
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the step's gradient, which the guard sees too."""
         layerwise: Layerwise | None = getattr(self._optimizer, "layerwise", None)
         norm = layerwise.norm if layerwise else super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.guard.see_norm(norm)
         return norm
 
@@ -207,9 +209,19 @@ class RunTrainer(Trainer):
         """The optimizer that the config chooses, out of what accelerate wraps it in."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """While inside, have the weights that the run would end with, if its optimizer trains at others."""
-        return self._optimizer.averaged() if isinstance(self._optimizer, Ruled) else contextlib.nullcontext()
+        sharding.reshard(self.model)
+        with self._optimizer.averaged() if isinstance(self._optimizer, Ruled) else contextlib.nullcontext():
+            yield
+            sharding.reshard(self.model)
+
+    def on_the_first(self) -> contextlib.AbstractContextManager[None]:
+        """While inside, have the whole model on the first process, to be saved. All processes must enter."""
+        if self.run.cfg.hardware.sharding is Sharding.zero3:
+            return sharding.gathered_by_deepspeed(self.model)
+        return sharding.whole(self.model, lambda *_: True, here=self.run.is_main)
 
     def remember(self) -> Callable[[], None]:
         """Return what takes back the metrics of the step that begins now."""
@@ -345,12 +357,32 @@ class RunTrainer(Trainer):
         self._tokens_logged, self.busy = total, 0.0
         return {"tokens": total, "tokens_per_second": round(rate, 1)}
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights, which the first process is given whole; shards are saved with the optimizer's state instead."""
+        if not sharding.is_cut(self.model):
+            super().save_model(output_dir, _internal_call)
+        elif not self._saves_shards:
+            with sharding.whole(self.model, self._is_saved, here=self.run.is_main):
+                super().save_model(output_dir, _internal_call)
+
+    @property
+    def _saves_shards(self) -> bool:
+        return sharding.is_cut(self.model) and self.run.cfg.hardware.checkpoint is CheckpointForm.sharded
+
+    def _is_saved(self, name: str, weight: nn.Parameter) -> bool:
+        """Tell whether a weight may be in a checkpoint: beside an adapter, of the model's own only its ends may."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        of_ends = any(weight is one for end in ends if end is not None for one in end.parameters())
+        return weight.requires_grad or of_ends or self.run.cfg.adapter.trains_base_weights
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights under the names that they have here.
 
         Some models are kept on disk under other names, and transformers does not find those again when it resumes: it
         would go on, without a word, with the weights that the run began with.
         """
+        if not self.args.should_save:
+            return
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)
@@ -360,6 +392,45 @@ class RunTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del model.save_pretrained
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer's state: whole, so that any number of processes goes on from it, or as shards."""
+        if self._saves_shards:
+            sharding.save_shards(Path(output_dir), self.model, self._optimizer, is_main=self.run.is_main)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        elif sharding.is_cut(self.model):
+            with sharding.whole_state(self._optimizer, here=self.run.is_main):
+                super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights: into a model that is not cut up yet, or, at the end of a run, into one that is."""
+        model = model or self.model
+        if (Path(resume_from_checkpoint) / sharding.SHARDS).is_dir():
+            sharding.load_weights(Path(resume_from_checkpoint), model)
+        elif sharding.is_cut(model):
+            with sharding.taking_whole_weights(model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's state, of which each process takes its own shard, and the schedule's."""
+        folder = Path(checkpoint or "")
+        of_shards = (folder / sharding.SHARDS).is_dir()
+        if checkpoint is None or not (of_shards or sharding.is_cut(self.model)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if of_shards:
+            sharding.load_state(folder, self._optimizer)
+        else:
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            sharding.load_whole_state(self._optimizer, state)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that does not hold the model's weights, where transformers would warn and go on.
@@ -403,6 +474,8 @@ class RunTrainer(Trainer):
             "best": asdict(self.best),
             "stream": self._stream.state(self.args.dataloader_num_workers) if self._stream else None,
             "streamed": dict(self._stream.counts) if self._stream else None,
+            "rows_to_a_step": self._rows_to_a_step,
+            "total_steps": self.run.total_steps,
             "own": self.own_state(),
         }
 
@@ -420,7 +493,7 @@ class RunTrainer(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Take up the counts and the unlogged loss where the checkpoint left them."""
-        state = json.loads((checkpoint / f"{_STATE}.{self.args.process_index}").read_text())
+        state = self._loop_state_of(checkpoint)
         self.tokens, self._tokens_logged = state["tokens"], state["tokens_logged"]
         self._total_loss_scalar, self._sums = state["loss_logged"], state["sums"]
         self._tr_loss.fill_(state["loss_since_log"])
@@ -430,6 +503,43 @@ class RunTrainer(Trainer):
         if self._stream:
             self._stream.begins, self._stream.counts = state["stream"], Counter(state["streamed"])
         self.take_own_state(state["own"])
+
+    def _loop_state_of(self, checkpoint: Path) -> dict[str, Any]:
+        """Return what this process goes on with, whose checkpoint may be of another number of processes.
+
+        Raises:
+            ConfigError: A step would be of other rows.
+        """
+        ranks = range(len([*checkpoint.glob(f"{_STATE}.*")]))
+        states = [json.loads((checkpoint / f"{_STATE}.{rank}").read_text()) for rank in ranks]
+        if problems := [*self._changed(states[0])]:
+            raise ConfigError(problems)
+        if len(states) == self.run.world_size:
+            return dict(states[self.run.rank])
+        if self.run.is_main:
+            text = f"the checkpoint is of {len(states)} processes: dropout draws anew for {self.run.world_size}"
+            events.send("note", text=text)
+        return sharding.divided(states, self.run.rank, self.run.world_size)
+
+    @property
+    def _rows_to_a_step(self) -> int:
+        train = self.run.cfg.train
+        return train.micro_batch_size * train.grad_accumulation * self.run.world_size
+
+    def _changed(self, state: dict[str, Any]) -> Iterator[Problem]:
+        """Yield what would make the rest of the run another than its beginning."""
+        now, was = self._rows_to_a_step, state.get("rows_to_a_step", self._rows_to_a_step)
+        if now != was:
+            each = self.run.cfg.train.micro_batch_size * self.run.world_size
+            message = f"a step was of {was} rows so far, and would now be of {now}"
+            fits = (
+                f"train.grad_accumulation={was // each}" if was % each == 0 else "a train.micro_batch_size with which"
+            )
+            fix = fits if was % each == 0 else f"{fits} it comes to {was} rows on {self.run.world_size} processes"
+            yield Problem("train.grad_accumulation", message, fix)
+        elif (steps := state.get("total_steps", self.run.total_steps)) != self.run.total_steps:
+            message = f"the schedule was one of {steps} steps so far, and would now be one of {self.run.total_steps}"
+            yield Problem("train.max_steps", message, f"train.max_steps={steps}")
 
     def load_best(self) -> None:
         """Go back to the weights of the best evaluation, if those of the last step are others."""
@@ -478,10 +588,18 @@ def prepare(cfg: Config) -> tuple[nn.Module, Run]: ...
 @overload
 def prepare(cfg: Config, kind: type[Run_]) -> tuple[nn.Module, Run_]: ...
 def prepare(cfg: Config, kind: type[Run] = Run) -> tuple[nn.Module, Run]:
-    """Load what every training stage starts with: tokenizer, rows, model, adapter."""
+    """Load what every training stage starts with: tokenizer, rows, model, adapter.
+
+    Raises:
+        ConfigError: An option cannot do its part where processes share out the training.
+    """
+    if problems := [*cfg.hardware.check_with(cfg)]:
+        raise ConfigError(problems)
     tokenizer = loading.tokenizer(cfg)
     rows = dataset.load(cfg, tokenizer)
     model = loading.model(cfg, tokenizer)
+    if cfg.hardware.sharding is Sharding.fsdp2:
+        model._is_distributed_loading_by_transformers = True  # neither moved to a device whole nor wrapped for DDP
     run = kind(cfg, rows, tokenizer)
     return cfg.adapter.apply(model, run), run
 
@@ -543,7 +661,7 @@ def fit(trainer: RunTrainer) -> Result:
     if run.cfg.train.keep_best:
         trainer.load_best()
     trainer.accelerator.wait_for_everyone()
-    with trainer.averaged():
+    with trainer.averaged(), trainer.on_the_first():
         return ending.finish(trainer, run) if run.is_main else Result()
 
 

@@ -7,35 +7,50 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 import torch
+from torch import nn
 
 from ftrun.config import Config
 from ftrun.worker import loading
 from ftrun.worker.optim.ruled import Ruled
 from ftrun.worker.training import Run
 
+States = dict[Any, dict[str, Any]]
+"""What an optimizer keeps of each weight, by the weight."""
+
 
 def answer(cfg: Config, output: TextIO) -> None:
-    """Write a line for each parameter group: name, rule, tensors, parameters, lr, weight_decay, state_bytes.
+    """Write a line for each parameter group, as `groups` describes them."""
+    _, optimizer = outlined(cfg)
+    for group in groups(optimizer, states(optimizer)):
+        print(json.dumps(group), file=output)
 
-    ``state_bytes`` is null where an optimizer cannot take a step without weights.
-    """
+
+def outlined(cfg: Config) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return the model that a run trains, on the meta device, and the optimizer over its weights."""
     run = Outline(cfg)
     model = cfg.stage.outline(cfg.adapter.outline(loading.outline(cfg), run)).to("meta")
-    optimizer = cfg.optimizer.build(model, run)
-    states = _states(optimizer)
-    for group in optimizer.param_groups:
-        line = {
+    return model, cfg.optimizer.build(model, run)
+
+
+def groups(optimizer: torch.optim.Optimizer, known: States | None) -> list[dict[str, Any]]:
+    """Return of each parameter group its name, rule, tensors, parameters, lr, weight_decay and state_bytes.
+
+    Args:
+        optimizer: Over weights on the meta device.
+        known: What it keeps of them; without, ``state_bytes`` is None.
+    """
+    return [
+        {
             "name": group["name"],
             "rule": group["rule"],
             "tensors": len(group["params"]),
             "parameters": sum(weight.numel() for weight in group["params"]),
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
-            "state_bytes": None
-            if states is None
-            else sum(_bytes(states.get(weight, {})) for weight in group["params"]),
+            "state_bytes": None if known is None else sum(_bytes(known.get(weight, {})) for weight in group["params"]),
         }
-        print(json.dumps(line), file=output)
+        for group in optimizer.param_groups
+    ]
 
 
 class Outline(Run):
@@ -46,8 +61,8 @@ class Outline(Run):
         self.world_size, self.rank, self.is_main = 1, 0, True
 
 
-def _states(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]] | None:
-    """Return what an optimizer keeps of each weight once it has taken a step."""
+def states(optimizer: torch.optim.Optimizer) -> States | None:
+    """Return what an optimizer keeps of each weight once it has taken a step; None if it takes none without weights."""
     if isinstance(optimizer, Ruled):
         kept = set(optimizer.with_state())
         return {

@@ -173,6 +173,7 @@ CASES = [
     Case("train.eval_every", ("train.eval_every=2",), steps_of("eval_loss")),
     Case("train.save_every", ("train.save_every=2",), checkpoints),
     Case("train.keep_checkpoints", ("train.keep_checkpoints=1",), checkpoints, ("train.save_every=2",)),
+    Case("train.stall_minutes", ("train.stall_minutes=0.0005",), lambda done: done.code),
     Case("train.profile_steps", ("train.profile_steps=2",), lambda done: (done.folder / "profile").exists()),
     Case("data.path", ("data.path=thinking.jsonl",), losses),
     Case("data.rows", ("data.rows=20",), report("rows")),

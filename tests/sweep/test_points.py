@@ -1,17 +1,21 @@
-"""Grids: every combination once, checked before the first starts, and gone on with."""
+"""Grids: every combination once, and each the config that its words give."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from ftrun import compose, config, sweep
+from ftrun import compose, config
 from ftrun.errors import ConfigError
+from ftrun.sweep import freeze, run
+from ftrun.sweep.points import Point, expand, grid
+
+
+def every(*words: str) -> list[Point]:
+    return list(grid(expand(words)).points())
 
 
 def points(*words: str) -> list[tuple[str, ...]]:
-    return [job.point for job in sweep.grid(words)]
+    return [point.overrides for point in every(*words)]
 
 
 def test_every_combination_once_the_last_word_fastest():
@@ -29,13 +33,13 @@ def test_every_combination_once_the_last_word_fastest():
 def test_a_file_gives_the_grid_and_what_is_typed_wins():
     assert len(points("sweep=lora_rank")) == 9
     assert points("sweep=lora_rank", "seed=7") == [("adapter.rank=4",), ("adapter.rank=16",), ("adapter.rank=64",)]
-    (job,) = sweep.grid(["sweep=lora_rank", "seed=7", "adapter.rank=8"])
-    assert job.words == ("seed=7", "adapter.rank=8", "adapter.alpha=32")
+    (point,) = every("sweep=lora_rank", "seed=7", "adapter.rank=8")
+    assert point.words == ("seed=7", "adapter.rank=8", "adapter.alpha=32")
 
 
 @pytest.mark.parametrize("name", ["lora_rank", "learning_rate"])
 def test_every_shipped_sweep_is_free_of_problems(name):
-    assert sweep.check([f"sweep={name}", "model=tiny"])
+    assert run.check([f"sweep={name}", "model=tiny"])
 
 
 def test_the_working_folders_own_sweeps_are_found_first(tmp_path, monkeypatch):
@@ -49,18 +53,16 @@ VARIED = [
     ("adapter=lora,full", "seed=range(1,4)", "optimizer.lr=1e-4,null", "train.scheduler=cosine,linear"),
     ("data.columns.prompt=a,b", "seed=${data.max_length},7", "adapter.targets=[q_proj],[k_proj,v_proj]"),
     ("model=tiny,qwen2", "train.epochs=1,2", "data.sources.0.rows=4,5", "data.sources=[{path:a.jsonl}]"),
-    ("++seed=1,2", "output_dir=x", "objective='a b','c,d'", "train.shuffle=true,false"),
+    ("++seed=1,2", "objective='a b','c,d'", "train.shuffle=true,false"),
 ]
 
 
 @pytest.mark.parametrize("words", VARIED, ids=" ".join)
 def test_a_point_is_the_config_that_its_words_give(words):
     """The tree is not composed for each point, which would take a hundred times longer."""
-    examined = sweep._Examined()
-    for job in sweep.grid(words):
-        cfg, problems = examined.examine(job)
-        alone, alone_problems = config.examine([word for word in job.words if not word.startswith("output_dir=")])
-        assert (cfg, problems) == (alone, alone_problems), job.words
+    examined = freeze.Examined()
+    for point in every(*words):
+        assert examined._examine(point) == config.examine(point.words), point.words
 
 
 def test_a_large_grid_is_checked_by_composing_once(monkeypatch):
@@ -72,7 +74,7 @@ def test_a_large_grid_is_checked_by_composing_once(monkeypatch):
         return compose_tree(*words)
 
     monkeypatch.setattr(compose, "compose_tree", counted)
-    assert len(sweep.check(["model=tiny", "adapter=lora,full", "seed=range(0,50)", "optimizer.lr=1e-4,2e-4"])) == 200
+    assert len(run.check(["model=tiny", "adapter=lora,full", "seed=range(0,50)", "optimizer.lr=1e-4,2e-4"])[1]) == 200
     assert len(composed) == 2
 
 
@@ -87,46 +89,5 @@ def test_a_large_grid_is_checked_by_composing_once(monkeypatch):
 def test_a_wrong_grid_is_refused_before_anything_starts(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        sweep.run(words)
+        run.run(words)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_grid_runs_survives_a_failure_and_goes_on(ftrun, write, tmp_path):
-    plugin = write(
-        "moody.py",
-        """
-from dataclasses import dataclass
-from pathlib import Path
-from ftrun.plugin import register
-from ftrun_plugins.optimizer.adamw import AdamW
-
-@register
-@dataclass(kw_only=True)
-class Moody(AdamW):
-    \"\"\"Fails while there is a file named broken.\"\"\"
-    name: str = "moody"
-    broken: str = ""
-    \"\"\"The file.\"\"\"
-
-    def build(self, model, run):
-        if run.cfg.seed == 2 and Path(self.broken).exists():
-            raise RuntimeError("in a bad mood")
-        return super().build(model, run)
-""",
-    )
-    broken = write("broken", "")
-    words = ("-m", "model=tiny", "debug=smoke", f"plugins=[{plugin}]", "optimizer=moody", f"optimizer.broken={broken}")
-    words = (*words, "seed=1,2,3", "stage.num_samples=0", "output_dir=grid")
-    first = ftrun(*words)
-    assert first.code == 1
-    assert "in a bad mood" in first.out
-    table = json.loads(ftrun("runs", "grid", "--json").out)
-    assert [row["status"] for row in table] == ["completed", "failed", "completed"]
-    broken.unlink()
-    again = ftrun(*words)
-    assert again.code == 0, again.out + again.err
-    after = json.loads(ftrun("runs", "grid", "--json").out)
-    assert [row["status"] for row in after] == ["completed"] * 3
-    assert [row["started"] for row in after] == [row["started"] for row in table]
-    assert after[0]["wall_seconds"] == table[0]["wall_seconds"]  # not run again
-    assert len({row["metrics"]["loss"] for row in after}) == 3

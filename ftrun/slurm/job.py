@@ -1,0 +1,213 @@
+"""An element's work: does its run on its node, and goes back into the queue when it has to make room.
+
+SIGUSR1, some time before the time limit, and SIGTERM, when SLURM makes room, have the run save. Then the element asks
+SLURM to start it again later, unless SLURM is ending it already: then that is SLURM's to do where it wants it, and one
+that was cancelled must not come back. A run that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from ftrun import launch, record
+from ftrun.errors import ConfigError
+from ftrun.record import EXIT_CODES, Result, Status
+from ftrun.slurm import cluster
+from ftrun.slurm.cluster import Element, SlurmError
+from ftrun.slurm.node import Silent
+from ftrun.slurm.submission import Submission
+from ftrun.slurm.told import Told
+
+_PORTS = (20_000, 20_000)
+"""The first port where processes of several nodes meet, and how many there are: a job's number chooses."""
+
+
+def do(list_file: str, index: int, told: Told) -> int:
+    """Do an element's run.
+
+    Args:
+        list_file: The array's list of runs.
+        index: Which of them.
+        told: The signals that have come since this process began.
+
+    Returns:
+        The exit code, which SLURM shows.
+    """
+    submission = Submission.load(Path(list_file))
+    folder = submission.runs()[index]
+    me = Element(os.environ["SLURM_ARRAY_JOB_ID"], int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    is_back = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    _say(f"{folder}: job {me} on {os.environ.get('SLURM_JOB_NODELIST')}{', started again' if is_back else ''}")
+    if _is_held(folder):
+        _say("another process is at it, so there is nothing to do")
+        return 0
+    before = Result.load(folder)
+    if before.status is Status.completed or (is_back and before.status is Status.failed):
+        _say(f"it is {before.status} already")
+        return EXIT_CODES[before.status]
+    if _is_stopped(submission):
+        return 0
+    step = _saved_step(folder)
+    result = _run(folder, told)
+    if result.status is Status.preempted:
+        result = _make_room(folder, me, step, told)
+    _say(f"{result.status} after step {result.step}{': ' if result.reason else ''}{result.reason}")
+    record.append_line(submission.file(".ended"), {"status": result.status, "reason": result.reason.split("\n")[0]})
+    return EXIT_CODES[result.status]
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ftrun: {text}", flush=True)  # noqa: T201
+
+
+def _is_held(folder: Path) -> bool:
+    """Tell whether somebody else is at a run; waits for signs of life where the holder was on another node.
+
+    That is where the element itself was, perhaps, before that node was lost.
+    """
+    began = None
+    while (result := Result.load(folder)).status is Status.running:
+        here = result.holder is not None and result.holder.host == socket.gethostname()
+        sign = (folder / record.RESULT).stat().st_mtime
+        if here or (began is not None and sign != began):
+            return True
+        began = sign
+        time.sleep(1.0)
+    return False
+
+
+def _is_stopped(submission: Submission) -> bool:
+    """Tell whether too many of the others have failed for one reason; if so, the rest does not start either."""
+    stop, most = submission.file(".stop"), submission.max_failures
+    if stop.exists():
+        return True
+    ended = record.read_lines(submission.file(".ended"))
+    reasons = [line["reason"] for line in ended if line["status"] == Status.failed]
+    done = any(line["status"] in (Status.completed, Status.paused) for line in ended)
+    worst = max(reasons, key=reasons.count, default="")
+    if most is None or done or reasons.count(worst) < most:
+        return False
+    text = f"{reasons.count(worst)} runs failed for one reason and none completed: {worst}"
+    record.write_whole(stop, text + "\n")
+    _say(f"{text}; hydra.launcher.max_failures={most} stops the others")
+    try:
+        cluster.cancel_waiting(os.environ["SLURM_ARRAY_JOB_ID"])
+    except SlurmError as error:  # each of them will read it
+        _say(str(error))
+    return True
+
+
+def _run(folder: Path, told: Told) -> Result:
+    """Do a run, and return how it went."""
+    if told.numbers:
+        result = Result.load(folder)
+        result.status, result.reason, result.holder = Status.preempted, "", None
+        result.save(folder)
+        return result
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    try:
+        return _on_several(folder, nodes, told) if nodes > 1 else launch.watch(folder, Silent())
+    except ConfigError as error:
+        _say(str(error))
+        return _said_failed(folder, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return _said_failed(folder, f"{type(error).__name__}: {error}")
+
+
+def _said_failed(folder: Path, reason: str) -> Result:
+    """Return how a run ended that could not be started, or whose worker has said why."""
+    result = Result.load(folder)
+    if result.status is Status.queued or result.holder == record.Holder.me():
+        Result(status=Status.failed, reason=reason, **record.so_far(folder)).save(folder)
+    return Result.load(folder)
+
+
+def _on_several(folder: Path, nodes: int, told: Told) -> Result:
+    """Do a run with processes on each node of the job, of which the first says how it went."""
+    here, there, *_ = cluster.nodes()
+    number = int(os.environ["SLURM_JOB_ID"])
+    env = {
+        "MASTER_ADDR": _own_address(towards=there),
+        "MASTER_PORT": str(_PORTS[0] + number % _PORTS[1]),
+        "SRUN_CPUS_PER_TASK": os.environ.get("SLURM_CPUS_PER_TASK", "1"),  # which srun does not inherit
+    }
+    _say(f"{nodes} nodes, the first {here}, which meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}")
+    words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command = [*words, sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
+    process = subprocess.Popen(command, env=os.environ | env, stdin=subprocess.DEVNULL, start_new_session=True)
+    is_passed_on = False
+    while (code := process.poll()) is None:
+        if signal.SIGUSR1 in told.numbers and not is_passed_on:  # SIGTERM comes to every process of a job by itself
+            process.send_signal(signal.SIGUSR1)
+            is_passed_on = True
+        time.sleep(0.1)
+    return _after_srun(folder, code, is_told=bool(told.numbers))
+
+
+def _after_srun(folder: Path, code: int, *, is_told: bool) -> Result:
+    result = Result.load(folder)
+    if result.holder or result.status is Status.queued or (result.status is Status.preempted and not is_told):
+        status = Status.preempted if is_told else Status.failed
+        reason = "" if is_told else f"processes on one of its nodes ended, so all were (srun: exit code {code})"
+        last = record.latest_checkpoint(folder)
+        checkpoint = str(last.relative_to(folder)) if last else None
+        Result(status=status, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
+    return Result.load(folder)
+
+
+def _own_address(*, towards: str) -> str:
+    """Return this node's address on the way to another, which may be none of those that its own name stands for."""
+    try:
+        found = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)
+    except socket.gaierror:
+        found = socket.getaddrinfo(cluster.address_of(towards), 9, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _saved_step(folder: Path) -> int:
+    """Return the step that a run goes on from."""
+    saved = record.latest_checkpoint(folder)
+    return record.step_of(saved) if saved else 0
+
+
+def _make_room(folder: Path, me: Element, step_before: int, told: Told) -> Result:
+    """See to it that a run that has saved and stopped goes on later, and return how it stands."""
+    result = Result.load(folder)
+    try:
+        if cluster.is_ending(me):  # by somebody's will, which it is too late to change
+            if _is_cancelled():
+                result.status, result.reason = Status.interrupted, f"cancelled in SLURM (job {me})"
+                result.save(folder)
+        elif signal.SIGUSR1 in told.numbers and _saved_step(folder) <= step_before:
+            result.status = Status.failed
+            result.reason = "its time limit came before it had taken a step: more hardware.minutes"
+            result.save(folder)
+        else:
+            cluster.requeue(me)
+    except SlurmError as error:
+        _say(str(error))
+    return result
+
+
+def _is_cancelled() -> bool:
+    """Tell whether SLURM ends this job because somebody wants that, and not to start it again.
+
+    SLURM answers that question no more while a job ends; but it has written why into the job's own output.
+    """
+    with Path(f"/proc/{os.getpid()}/fd/1").open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 65_536))
+        text = log.read().decode(errors="replace")
+    found = re.findall(rf"JOB {os.environ['SLURM_JOB_ID']} ON \S+ CANCELLED AT \S+(?: DUE TO ([^*]*))?", text)
+    return bool(found) and (not found[-1] or found[-1].startswith("SIGNAL"))
