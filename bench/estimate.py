@@ -30,7 +30,13 @@ MIB = 2**20
 GRADIENT = "train.gradient_checkpointing=true"
 MODELS = {
     "llama": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
-    "qwen2": {"hidden_size": 384, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "qwen2": {
+        "hidden_size": 384,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
     "gpt2": {"n_embd": 512, "n_layer": 6, "n_head": 8, "n_positions": 2048},
 }
 CASES = [

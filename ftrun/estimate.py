@@ -45,9 +45,6 @@ class Estimate:
     length: int = 0
     """Tokens of the longest."""
 
-    is_padded: bool = True
-    """Whether it may hold rows of different lengths, so that attention is given a mask."""
-
     steps: int | None = None
     tokens: int | None = None
     """Of all steps and processes, padding not counted."""

@@ -251,6 +251,17 @@ def _text(wanted: dict[str, float]) -> str:
     return ", ".join(f"{amount / 2**30 if 'memory' in name else amount:g} {name}" for name, amount in amounts.items())
 
 
+def _knock(address: str) -> None:
+    """Connect to a cluster's port: Ray itself would try for minutes.
+
+    Raises:
+        OSError: Nobody is there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
 @contextlib.contextmanager
 def _cluster(address: str | None, num_cpus: int | None) -> Iterator[None]:
     """Be connected to a cluster, or to a Ray that is started here, with a fork server whose workers are up at once.
@@ -263,6 +274,7 @@ def _cluster(address: str | None, num_cpus: int | None) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:  # nobody there, another version, no address
             message = f"there is no cluster to work with: {str(error).splitlines()[0]}"

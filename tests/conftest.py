@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -88,60 +89,66 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
+def _started(folder: Path, words: Sequence[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ftrun", *words],
+        cwd=folder,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal: a suite that runs in the background hands down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     """Start ``ftrun WORDS`` with a worker of its own, and do not wait."""
-
-    def start_it(*words: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ftrun", *words],
-            cwd=tmp_path,
-            env=os.environ | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # As from a terminal: a suite that runs in the background hands down that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    return start_it
+    return lambda *words, **env: _started(tmp_path, words, env)
 
 
 @pytest.fixture
-def forked(start: Start, server: str) -> Start:
+def forked(tmp_path: Path, server: str) -> Start:
     """Start ``ftrun WORDS`` with a forked worker, and do not wait."""
-    return lambda *words, **env: start(*words, **{forkserver.VARIABLE: server} | env)
+    return lambda *words, **env: _started(tmp_path, words, {forkserver.VARIABLE: server} | env)
 
 
 Ftrun = Callable[..., Done]
 
 
+@pytest.fixture(scope="session")
+def ftrun_in(server: str) -> Callable[[Path], Ftrun]:
+    """Return what runs ``ftrun WORDS`` in a folder to its end: for runs that several tests look at."""
+
+    def in_folder(cwd: Path) -> Ftrun:
+        count = itertools.count(1)
+
+        def run(*words: str, **env: str) -> Done:
+            folder = cwd / f"run{next(count)}"
+            given = [word for word in words if word.startswith("output_dir=")]
+            if given:
+                folder = cwd / given[0].partition("=")[2]
+            elif words[:1] == ("resume",):
+                folder = cwd / words[1]
+            elif not words or "=" in words[0]:
+                words = (*words, f"output_dir={folder}")
+            mine = {forkserver.VARIABLE: server} | env
+            if env or os.environ.get("PYTHONPATH") != PYTHONPATH:  # a process of its own: imports may go by them
+                process = _started(cwd, words, mine)
+                out, err = process.communicate(timeout=600)
+                return Done(process.returncode, out, err, folder)
+            return Done(*typed.run(words, cwd, os.environ | mine, timeout=600), folder)
+
+        return run
+
+    return in_folder
+
+
 @pytest.fixture
-def ftrun(forked: Start, server: str, tmp_path: Path) -> Ftrun:
+def ftrun(ftrun_in: Callable[[Path], Ftrun], tmp_path: Path) -> Ftrun:
     """Run ``ftrun WORDS`` to its end, in a run folder that is known."""
-    count = 0
-
-    def run(*words: str, **env: str) -> Done:
-        nonlocal count
-        count += 1
-        folder = tmp_path / f"run{count}"
-        given = [word for word in words if word.startswith("output_dir=")]
-        if given:
-            folder = tmp_path / given[0].partition("=")[2]
-        elif words[:1] == ("resume",):
-            folder = tmp_path / words[1]
-        elif not words or "=" in words[0]:
-            words = (*words, f"output_dir={folder}")
-        if env or os.environ.get("PYTHONPATH") != PYTHONPATH:  # which a process reads when it starts
-            process = forked(*words, **env)
-            out, err = process.communicate(timeout=600)
-            return Done(process.returncode, out, err, folder)
-        with tempfile.TemporaryDirectory() as place:
-            printed = Path(place, "out"), Path(place, "err")
-            code = typed.run(words, tmp_path, os.environ | {forkserver.VARIABLE: server}, *printed, timeout=600)
-            return Done(code, *(file.read_text() for file in printed), folder)
-
-    return run
+    return ftrun_in(tmp_path)
 
 
 @pytest.fixture

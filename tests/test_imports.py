@@ -11,7 +11,9 @@ import pytest
 
 from ftrun import forkserver, options
 
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "accelerate", "pyarrow"}
+HEAVY = {
+    "torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "accelerate", "pyarrow", "plotly", "optuna", "ray",
+}  # fmt: skip
 
 _DRIVER = """\
 import json, sys
@@ -73,6 +75,11 @@ def plugins(modules: set[str]) -> set[str]:
         ("runs", 0),
         ("env", 0),
         ("resume nothing", 2),
+        ("compare nothing", 2),
+        ("diff nothing nothing", 2),
+        ("cancel nothing", 2),
+        ("check --quick -m model=tiny seed=1,2", 0),
+        ("check --quick -m model=tiny seed=1,2 hydra/launcher=slurm", 0),
         ("completion bash", 0),
         ("__complete train.scheduler=", 0),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,15 +19,17 @@ _FORKS.set_forkserver_preload(
 )  # fmt: skip
 
 
-def run(words: Sequence[str], cwd: Path, env: dict[str, str], out: Path, err: Path, timeout: float) -> int:
-    """Do ``ftrun WORDS`` and return its exit code; what it prints goes to two files."""
-    process = _FORKS.Process(target=_do, args=(list(words), cwd, env, out, err), daemon=True)
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"still at work after {timeout} s: ftrun {' '.join(words)}")
-    return process.exitcode
+def run(words: Sequence[str], cwd: Path, env: dict[str, str], timeout: float) -> tuple[int, str, str]:
+    """Do ``ftrun WORDS`` and return its exit code and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = _FORKS.Process(target=_do, args=(list(words), cwd, env, out, err), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"still at work after {timeout} s: ftrun {' '.join(words)}\n{out.read_text()}")
+        return process.exitcode, out.read_text(), err.read_text()
 
 
 def _do(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
@@ -35,7 +38,6 @@ def _do(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) 
     os.environ.update(env)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = ["ftrun", *words]
     from ftrun import cli
 
-    sys.exit(cli.main())
+    sys.exit(cli.main(words))

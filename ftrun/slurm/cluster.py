@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 ENDED = frozenset(
@@ -87,10 +87,16 @@ def states(jobs: Iterable[str]) -> dict[Element, State]:
     wanted = frozenset(jobs)
     found = {}
     for line in _ask(["squeue", *_ALL, "--array", "--format=%F|%K|%T|%r"]).splitlines():
-        job, index, name, reason = line.split("|", 3)
-        if job in wanted and index.isdigit():
-            found[Element(job, int(index))] = State(name, reason)
+        job, indices, name, reason = line.split("|", 3)
+        if job in wanted:
+            found |= {Element(job, index): State(name, reason) for index in _indices(indices)}
     return found
+
+
+def _indices(text: str) -> Iterator[int]:
+    """Yield the elements that a line is about: several, as ``1-3,7%2``, where they were cancelled before they began."""
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text.partition("%")[0]):
+        yield from range(int(first), int(last or first) + 1)
 
 
 def is_ending(element: Element) -> bool:

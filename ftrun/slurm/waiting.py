@@ -114,7 +114,8 @@ def settle(run: Path, place: Placed | None) -> Result:
 def _why(state: State, place: Placed, result: Result) -> tuple[Status, str]:
     """Return how a run is to be seen whose element is over, and why."""
     job = f"job {place.element}"
-    if state.name == "CANCELLED":
+    is_lost = state.name == cluster.GONE and not place.log.exists()  # SLURM keeps no record of what has not begun
+    if state.name == "CANCELLED" or is_lost:
         before = " before it started" if result.status is Status.queued else ""
         return Status.interrupted, f"cancelled in SLURM{before} ({job})"
     if state.name in ("TIMEOUT", "DEADLINE"):

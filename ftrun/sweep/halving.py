@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftrun.errors import Problem
+from ftrun.errors import ConfigError, Problem
 from ftrun.fields import ranged
-from ftrun.record import PAUSE, Pause, Result, Rung, Status
+from ftrun.record import PAUSE, RUN, Pause, Result, Rung, Status
 
 if TYPE_CHECKING:
     from ftrun.sweep.ledger import Job
@@ -119,6 +120,20 @@ def arms(jobs: Iterable[Job]) -> list[list[Path]]:
         point = tuple(word for word in job.overrides if not word.startswith("seed="))
         found.setdefault(point, []).append(job.folder)
     return list(found.values())
+
+
+def is_max(arms: Iterable[Arm]) -> bool:
+    """Return whether a high objective is good, as the runs' ``run.yaml`` say.
+
+    Raises:
+        ConfigError: They do not agree.
+    """
+    saved = ((folder / RUN).read_text(encoding="utf-8") for arm in arms for folder in arm)
+    modes = {mode for text in saved for mode in re.findall(r"^objective_mode: (\w+)$", text, re.MULTILINE)}
+    if len(modes) > 1:
+        message = "a high objective is good in some runs and a low one in others, so they cannot be compared"
+        raise ConfigError([Problem("objective", message, "objective=METRIC objective_mode=min, or max")])
+    return modes == {"max"}
 
 
 def value_at(arm: Arm, rung: Pause) -> float | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftrun import board, compose, estimate, keep, launcher
 from ftrun.config import Config
+from ftrun.display import console, size_text
 from ftrun.errors import ConfigError, Problem
 from ftrun.record import Pause, Result, Rung, Status
 from ftrun.sweep import freeze, points
@@ -86,10 +88,13 @@ def _conduct(ask: Ask, folder: Path | None = None, *, retry_failed: bool) -> Swe
         try:
             sweeper.search(sweep, _without_folder(words))
         except Stopped:
-            pass
-        finally:
-            sweep.note()
+            return sweep
+        if not any(Result.load(job.folder).status in _UNDER_WAY for job in sweep.ledger.jobs()):
+            sweep.conclude()
     return sweep
+
+
+_UNDER_WAY = (Status.queued, Status.running, Status.interrupted, Status.preempted)
 
 
 class Stopped(Exception):
@@ -109,6 +114,7 @@ class Sweep:
 
         self._ask = ask
         self._tried: set[Path] = set()
+        self._note_after = 0.0
         if isinstance(self.launcher, launcher.Launcher):
             self.launcher.on_end = self.note
 
@@ -138,7 +144,6 @@ class Sweep:
         if todo:
             done, self._tried = len(self._tried), self._tried | set(todo)
             self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
-            self.note()
         if isinstance(self.launcher, launcher.Launcher) and self.launcher.is_stopped:
             raise Stopped
 
@@ -151,10 +156,19 @@ class Sweep:
         return result.status is not Status.completed
 
     def note(self) -> None:
-        """Write the leaderboard as it stands, and delete what is not to be kept."""
-        if self.ledger.jobs():
+        """Write the leaderboard as it stands; not so often that it costs much beside the jobs."""
+        if time.monotonic() >= self._note_after:
+            began = time.monotonic()
             board.write(self.folder)
             keep.apply(self.folder, self.settings.keep)
+            self._note_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def conclude(self) -> None:
+        """Delete what is not kept, of jobs that are stopped early, too: nothing goes on any more."""
+        freed = keep.apply(self.folder, self.settings.keep, over=True)
+        if freed.size:
+            text = f"freed {size_text(freed.size)}: the weights of {freed.jobs} jobs (hydra.sweeper.keep)"
+            console.print(text, soft_wrap=True)
 
 
 def _without_folder(words: Sequence[str]) -> list[str]:

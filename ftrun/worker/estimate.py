@@ -135,7 +135,6 @@ def _look_at_rows(found: Estimate, cfg: Config) -> None:
         run.rows = Rows(_Lengths(lengths))
         found.length, found.steps = int(lengths.max()), run.total_steps
         found.rows = min(found.rows, len(lengths))
-        found.is_padded = bool(lengths.min() < lengths.max()) and (found.rows > 1 or cfg.stage.rows == "pairs")
         each = run.tokens_in_a_batch(run.rows.train)
         found.tokens = int(each.sum() / run.epoch_batches.steps_per_epoch * found.steps)
     found.rows *= 2 if cfg.stage.rows == "pairs" else 1
@@ -275,7 +274,6 @@ class _Rehearsal:
 
     def __init__(self, model: nn.Module, cfg: Config, found: Estimate) -> None:
         self.cfg, self.rows, self.length = cfg, found.rows, found.length
-        self._masked = found.is_padded or batches.shares_sequences(cfg) or cfg.model.attention is Attention.eager
         self._scores = cfg.stage.head is ModelHead.score and hasattr(model, "score")
         self._mode, self._memory = FakeTensorMode(), _Memory()
         self._fake: dict[int, Tensor] = {}
@@ -373,7 +371,7 @@ class _Rehearsal:
         flat = batches.is_flat(self.cfg)
         shape = (1, self.rows * self.length) if flat else (self.rows, self.length)
         inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
-        if self._masked and not self.cfg.model.attention.value.startswith("fl"):  # they know from the positions
+        if not self.cfg.model.attention.value.startswith("fl"):  # the others are given which tokens see which
             inputs["attention_mask"] = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool)
         if batches.shares_sequences(self.cfg):
             inputs["position_ids"] = torch.zeros(shape, dtype=torch.int64)

@@ -55,6 +55,13 @@ def checkpoints(done: Any) -> Any:
     return sorted(path.name for path in (done.folder / "checkpoints").iterdir())
 
 
+def files_saved(done: Any) -> Any:
+    return {path.name for path in (done.folder / "checkpoints" / "step-3").iterdir()}
+
+
+SHARDED = ("hardware.num_processes=2", "hardware.sharding=fsdp2", "train.save_every=3")
+
+
 def fact(name: str) -> Look:
     return lambda done: json.loads((done.folder / "facts.json").read_text())[name]
 
@@ -250,6 +257,7 @@ CASES = [
     Case("hardware.num_processes", ("hardware.num_processes=2",), report_of_tokens),
     Case("hardware.num_threads", ("hardware.num_threads=2",), fact("threads"), PROBED),
     Case("hardware.data_workers", ("hardware.data_workers=1",), fact("workers"), PROBED),
+    Case("hardware.checkpoint", ("hardware.checkpoint=sharded",), files_saved, SHARDED),
 ]
 
 ELSEWHERE = {
@@ -262,6 +270,22 @@ ELSEWHERE = {
     "data.processes": "tests of the store",
     "data.media_folder": "tests of media",
     "data.media_urls": "tests of media",
+    **{
+        f"hardware.{name}": "tests of processes and sharding"
+        for name in (
+            "num_nodes",
+            "sharding",
+            "wrap",
+            "wrap_min_parameters",
+            "reshard_after_forward",
+            "offload_weights",
+            "offload_optimizer",
+            "nvme_path",
+            "accelerate_config",
+            "cpus",
+        )
+    },
+    **{f"hardware.{name}": "tests of clusters" for name in ("memory_gb", "minutes")},
     **{
         f"template.{f.name}": "tests of templates"
         for f in dataclasses.fields(Template)

@@ -132,7 +132,7 @@ def test_bf16_is_gathered_in_half_the_bytes(ftrun):
     assert done.losses == pytest.approx(ddp.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "adapter"), [("dpo", "full"), ("rm", "lora"), ("distill", "full")])
+@pytest.mark.parametrize(("stage", "adapter"), [("dpo", "full"), ("rm", "lora"), ("kto", "full")])
 def test_stages_come_to_the_same(ftrun, stage, adapter):
     words = [word for word in RUN if not word.startswith(("stage.", "adapter="))]
     both = [ftrun(f"stage={stage}", *words, f"adapter={adapter}", *more).sees(0) for more in ([FSDP], [])]

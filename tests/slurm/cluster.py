@@ -13,7 +13,7 @@ from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
 
-# Without munge: nobody else is on this cluster. A requeued job waits as long as a credential lives, 120 s by default.
+# Without munge: nobody else is on this cluster.
 _CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -22,7 +22,6 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-AuthInfo=cred_expire=2
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from ftrun.cancel import cancel
 from ftrun.record import Result
 from ftrun.slurm import submission
 from tests.ended import comparable, weights
-from tests.slurm.conftest import job_log, place_of, restarts, step_of, until
+from tests.slurm.conftest import hurry_back, job_log, place_of, restarts, step_of, until
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.poll_seconds=0.2", "hardware.memory_gb=0.1", "hardware.cpus=1")
 WAIT = (*SLURM, "hydra.launcher.wait=true")
@@ -42,7 +43,7 @@ def long(ftrun, tmp_path):
     def submit(*words):
         done = ftrun("-m", *LONG, *SLURM, "seed=1", *words, f"output_dir={tmp_path / 'sweep'}").sees(0)
         assert "to come" in done.out
-        run = tmp_path / "sweep" / "seed=1"
+        run = next(record.runs(tmp_path / "sweep"))
         until(lambda: step_of(run) >= 5)
         return run
 
@@ -55,7 +56,7 @@ def whole(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     words = [*LONG, "hardware.num_threads=1", "seed=1", f"output_dir={folder}"]
     env = os.environ | {"FTRUN_FORK_SERVER": server}
-    subprocess.run(["python", "-m", "ftrun", *words], env=env, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "ftrun", *words], env=env, check=True, capture_output=True)
     return folder
 
 
@@ -98,7 +99,7 @@ def test_what_fails_fails_alone_and_is_tried_again_only_if_that_is_wanted(ftrun,
     words = ("-m", *TINY, *WAIT, "optimizer.lr=1e-4,1e20", "train.max_steps=6", "seed=1", "output_dir=sweep")
     done = ftrun(*words).sees(1)
     assert statuses(tmp_path / "sweep") == ["completed", "failed"]
-    assert "lr=1e20" in done.out
+    assert "lr=1e+20" in done.out
     ftrun(*words).sees(1)
     assert shape(tmp_path / "sweep") == [2]
     ftrun(*words, "--retry-failed").sees(1)
@@ -108,7 +109,7 @@ def test_what_fails_fails_alone_and_is_tried_again_only_if_that_is_wanted(ftrun,
 def test_a_job_that_dies_without_a_word_has_failed_and_its_log_says_more(ftrun, tmp_path):
     setup = "hydra.launcher.setup=['echo no such module >&2','exit 3']"
     ftrun("-m", *TINY, *WAIT, setup, "seed=1", "output_dir=sweep").sees(1)
-    result = Result.load(tmp_path / "sweep" / "seed=1")
+    result = Result.load(tmp_path / "sweep" / "all")
     assert result.status == "failed"
     assert "SLURM says FAILED" in result.reason
     assert result.reason.endswith("no such module")
@@ -168,6 +169,7 @@ def test_a_run_makes_room_for_others_and_goes_on_afterwards(long, whole):
     subprocess.run(["sbatch", "--parsable", *other, "--wrap=sleep 1"], check=True, capture_output=True)
     until(lambda: "preempted" in job_log(run))
     assert Result.load(run).status == "preempted"
+    hurry_back(run)
     until(lambda: place_of(run).state.is_over)
     assert restarts(run) == 1
     assert comparable(run) == comparable(whole)
@@ -180,6 +182,7 @@ def test_before_the_time_limit_a_run_saves_and_goes_back_into_the_queue(long, wh
     subprocess.run(["scancel", "--batch", "--signal=USR1", element], check=True)  # as SLURM does
     until(lambda: "preempted" in job_log(run))
     saved = Result.load(run).step
+    hurry_back(run)
     until(lambda: place_of(run).state.is_over)
     assert restarts(run) == 1
     assert 5 <= saved < 120
@@ -188,7 +191,7 @@ def test_before_the_time_limit_a_run_saves_and_goes_back_into_the_queue(long, wh
 
 def test_a_time_limit_that_leaves_no_time_for_a_step_fails(ftrun, tmp_path):
     ftrun("-m", *LONG, *SLURM, "seed=1", "output_dir=sweep").sees(0)
-    run = tmp_path / "sweep" / "seed=1"
+    run = tmp_path / "sweep" / "all"
     until(lambda: (run / record.RESULT).exists() and place_of(run).log.exists())
     subprocess.run(["scancel", "--batch", "--signal=USR1", str(place_of(run).element)], check=True)
     until(lambda: place_of(run).state.is_over)
@@ -198,10 +201,11 @@ def test_a_time_limit_that_leaves_no_time_for_a_step_fails(ftrun, tmp_path):
 
 def test_a_done_run_whose_job_is_requeued_is_not_done_again(ftrun, tmp_path):
     ftrun("-m", *TINY, *WAIT, "seed=1", "output_dir=sweep").sees(0)
-    run = tmp_path / "sweep" / "seed=1"
+    run = tmp_path / "sweep" / "all"
     before = (run / record.RESULT).read_bytes()
     until(lambda: place_of(run).state.name == "COMPLETED")
     subprocess.run(["scontrol", "requeue", str(place_of(run).element)], check=True)
+    hurry_back(run)
     until(lambda: "it is completed already" in job_log(run))
     assert (run / record.RESULT).read_bytes() == before
 
@@ -231,7 +235,7 @@ def test_a_driver_that_dies_before_it_knows_the_number_finds_the_array_by_its_na
 
 def test_ctrl_c_ends_the_waiting_and_not_the_runs(forked, tmp_path):
     process = forked("-m", *LONG, *WAIT, "seed=1", "output_dir=sweep")
-    run = tmp_path / "sweep" / "seed=1"
+    run = tmp_path / "sweep" / "all"
     until(lambda: step_of(run) >= 5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
@@ -268,7 +272,7 @@ def test_a_run_of_two_nodes_equals_one_of_two_processes(ftrun, tmp_path):
 
 def test_a_thousand_runs_are_submitted_in_seconds(ftrun, tmp_path):
     ftrun("-m", *TINY, *SLURM, "seed=1", "hydra.launcher.flags=[--hold]", "output_dir=sweep").sees(0)
-    first = tmp_path / "sweep" / "seed=1"
+    first = tmp_path / "sweep" / "all"
     text = (first / record.RUN).read_bytes()
     runs = [tmp_path / "sweep" / f"copy{number}" for number in range(1000)]
     for run in runs:

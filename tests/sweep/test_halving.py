@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ftrun.errors import ConfigError
 from ftrun.record import Pause, Result, Rung, Status
 from ftrun.sweep import halving
 from ftrun.sweep.halving import Halving
@@ -168,6 +169,16 @@ def test_arms_are_jobs_that_differ_in_the_seed_alone(tmp_path):
     words = [("a=1", "seed=1"), ("a=1", "seed=2"), ("a=2", "seed=1"), ("a=2", "seed=2")]
     jobs = [Job(number, each, str(number), tmp_path / str(number)) for number, each in enumerate(words)]
     assert [[folder.name for folder in arm] for arm in halving.arms(jobs)] == [["0", "1"], ["2", "3"]]
+
+
+def test_which_end_of_the_objective_is_good_is_in_each_run(tmp_path):
+    for name, mode in (("low", "min"), ("high", "max")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text(f"seed: 1\nobjective: x\nobjective_mode: {mode}\n")
+    assert not halving.is_max([[tmp_path / "low"], [tmp_path / "low"]])
+    assert halving.is_max([[tmp_path / "high"]])
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        halving.is_max([[tmp_path / "low"], [tmp_path / "high"]])
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,9 @@ class Sweep:
 @pytest.mark.parametrize(
     ("sampler", "words", "trials", "least"),
     [
-        ("random", (RATE, WIDTH, KIND), 25, 0.8),
-        ("tpe", (RATE, WIDTH, KIND), 40, 0.1),
-        ("cmaes", (RATE, WIDTH), 50, 0.05),
+        ("random", (RATE, WIDTH, KIND), 12, 1.5),
+        ("tpe", (RATE, WIDTH, KIND), 30, 0.3),
+        ("cmaes", (RATE, WIDTH), 30, 0.2),
         ("grid", ("optimizer.lr=1e-4,1e-3,1e-2", "adapter.rank=range(1,9,3)", KIND), 99, 0.0),
     ],
 )
@@ -289,8 +289,8 @@ def test_a_point_is_told_the_mean_of_its_seeds(here, tmp_path):
 
 
 def test_a_high_objective_may_be_wanted(here, tmp_path):
-    found = Sweep(tmp_path, lambda words: -bowl(words)).search([RATE], trials=30, is_max=True)
-    assert max(trial.value for trial in found) > -0.05
+    found = Sweep(tmp_path, lambda words: -bowl(words)).search([RATE], trials=16, is_max=True)
+    assert max(trial.value for trial in found) > -0.3
 
 
 def test_equal_points_are_run_once(here, tmp_path):
@@ -454,7 +454,10 @@ def test_a_search_that_is_typed_stops_losers_early_and_does_nothing_twice(ftrun)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("optimizer.lr=interval(1,0)", "adapter.rank=tag(log,int(interval(0,4)))"), ("is not below", "the logarithm of 0")),
+        (
+            ("optimizer.lr=interval(1,0)", "adapter.rank=tag(log,int(interval(0,4)))"),
+            ("is not below", "the logarithm of 0"),
+        ),
         (("data.system=interval(0,1)",), ("takes a text",)),
         (("adapter.alpha=interval(-4,4)",), ("adapter.alpha", "out of range")),
         ((RATE, "hydra.sweeper.sampler=random", "hydra.sweeper.startup_trials=3"), ("would change nothing",)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +26,13 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@functools.cache
+def composed(*words: str) -> config.Config:
+    return config.compose(["model=tiny", "data.streaming=true", "train.max_steps=9", *words])
+
+
 def stream(*words: str, rank: int = 0, world_size: int = 1, begins: Any = None) -> Stream:
-    cfg = config.compose(["model=tiny", "data.streaming=true", "train.max_steps=9", *words])
+    cfg = copy.deepcopy(composed(*words))
     made = Stream(cfg, TOKENIZER, sources.resolve(cfg.data).train, rank=rank, world_size=world_size)
     made.begins = begins or []
     return made
