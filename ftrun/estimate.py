@@ -25,7 +25,7 @@ from rich.table import Table
 from ftrun import hardware, launch, record, task, weights
 from ftrun.config import Config
 from ftrun.display import console, near, size_text
-from ftrun.errors import ConfigError, RunFailed
+from ftrun.errors import RunFailed
 from ftrun.hardware import Device, Hardware
 from ftrun.record import Result, Status
 from ftrun.train import Scheduler
@@ -190,7 +190,7 @@ def _ask(cfgs: Sequence[Config]) -> list[Estimate]:
 
     Raises:
         ConfigError: A run would be refused.
-        RunFailed: The worker failed, or a model is not at hand.
+        RunFailed: The worker failed.
     """
     folder = Path(tempfile.mkdtemp(prefix="ftrun-"))
     try:
@@ -215,13 +215,10 @@ def _settle(cfg: Config) -> None:
     """Settle a config in place, as freezing it does.
 
     Raises:
-        RunFailed: Its model is not at hand.
+        ConfigError: Its model is nowhere to be found.
     """
     hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
-    try:
-        launch.settle(cfg)
-    except ConfigError as error:
-        raise RunFailed(error.problems[0].message) from None
+    launch.settle(cfg)
 
 
 def _answer(folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:

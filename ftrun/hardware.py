@@ -317,8 +317,12 @@ def default_threads(num_processes: int, cpus: int | None = None) -> int:
     """
     if (set_by_user := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         return max(1, int(set_by_user))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, (cpus or usable) // num_processes)
+    return max(1, (cpus or usable_cpus()) // num_processes)
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find(wanted: Device = Device.auto) -> Found:

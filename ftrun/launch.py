@@ -54,7 +54,10 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
     from ftrun import compose, launcher
 
     there = compose.launcher_alone(where)
-    folder = freeze(check(overrides), overrides)
+    cfg = check(overrides)
+    if isinstance(there, launcher.Launcher) and (problems := list(there.check(cfg))):
+        raise ConfigError(problems)
+    folder = freeze(cfg, overrides)
     (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
     there.launch([[launcher.override(folder)]], 0)
     return failing(Result.load(folder))
@@ -195,7 +198,8 @@ def freeze_job(cfg: Config, overrides: Sequence[str], folder: Path, facts: dict[
         ConfigError: The model is nowhere to be found.
     """
     cfg.hardware.num_processes = cfg.hardware.num_processes or 1
-    cfg.hardware.num_threads = cfg.hardware.num_threads or hardware.default_threads(slots * cfg.hardware.num_processes)
+    sharing = cfg.hardware.num_processes * (1 if cfg.hardware.cpus else slots)
+    cfg.hardware.num_threads = cfg.hardware.num_threads or hardware.default_threads(sharing, cfg.hardware.cpus)
     hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
     settle(cfg)
     try:

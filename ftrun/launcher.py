@@ -27,6 +27,7 @@ from ftrun.fields import MISSING
 from ftrun.record import Holder, Result, Status
 
 if TYPE_CHECKING:
+    from ftrun.config import Config
     from ftrun.launch import Screen
 
 
@@ -73,6 +74,9 @@ class Launcher(HydraLauncher):
     settings_class: ClassVar[type[Settings]]
     """What can be told to it, registered in Hydra by `register`."""
 
+    has_nodes: ClassVar[bool] = False
+    """Whether it can start one run on several machines."""
+
     slots: int = 1
     """How many jobs share this machine's CPUs."""
 
@@ -94,6 +98,12 @@ class Launcher(HydraLauncher):
             ConfigError: With everything that is wrong with them.
         """
         self.settings: Any = self.settings_class.read(self._given, "hydra.launcher.")
+
+    def check(self, cfg: Config) -> Iterator[Problem]:
+        """Yield what it cannot start of a run."""
+        if cfg.hardware.num_nodes > 1 and not self.has_nodes:
+            message = f"{cfg.hardware.num_nodes} machines are no matter for this launcher, which starts a run on one"
+            yield Problem("hardware.num_nodes", message, "hydra/launcher=slurm")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Bring each job to its end, or as far as the launcher goes."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ftrun import config, events, forkserver, launch, processes, record
 from ftrun.hardware import Device, Hardware
+from ftrun.launcher import failed
 from ftrun.pool_display import PoolDisplay
 from ftrun.record import Result, Status
 from ftrun.signals import Signals, send
@@ -75,6 +76,8 @@ class Pool:
             waiting, running = deque(folders), list[Attempt]()
             looked = 0.0
             while running or (waiting and not self._is_over(signals)):
+                if signals.told:  # those of an earlier driver's go on by themselves
+                    running = [attempt for attempt in running if attempt.process]
                 if not self._is_over(signals):
                     self._start(waiting, running, signals, display)
                 is_time = time.monotonic() - looked > _LOOK_SECONDS
@@ -113,7 +116,7 @@ class Pool:
                 slots = self._slots_of(hardware.device)
                 if (count := hardware.num_processes or 1) > slots.most:
                     reason = f"it needs {count} {hardware.device} devices, and there are {slots.most}"
-                    self._over(_failed(folder, reason), display)
+                    self._over(failed(folder, reason), display)
                 elif (slot := slots.take(count)) is None:
                     return
                 elif attempt := self._attempt(folder, hardware, slot, signals):
@@ -176,7 +179,7 @@ class Pool:
             display.seen(attempt.folder)
             return False
         if result.holder:
-            result = _failed(attempt.folder, "its process ended and said nothing")
+            result = failed(attempt.folder, "its process ended and said nothing")
         self._over(result, display)
         return True
 
@@ -196,14 +199,6 @@ class Pool:
             self._failures[result.reason.split("\n")[0]] += 1
         self._completed += result.status in (Status.completed, Status.paused)
         display.ended(result)
-
-
-def _failed(folder: Path, reason: str) -> Result:
-    """Say of a run that it failed, where it could not say so itself."""
-    last = record.latest_checkpoint(folder)
-    checkpoint = str(last.relative_to(folder)) if last else None
-    Result(status=Status.failed, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
-    return Result.load(folder)
 
 
 def _silence(folder: Path) -> float:

@@ -75,6 +75,7 @@ class PoolDisplay:
         """A run that tells nothing has been looked at."""
         job, so_far = self._jobs[folder], record.so_far(folder)
         job.step, job.values = so_far["step"], so_far["metrics"]
+        job.doing = f"after step {job.step}"
 
     def show(self, folder: Path, event: dict[str, Any]) -> None:
         """Show what a run tells."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.plugins import Plugins
@@ -13,8 +13,10 @@ from hydra.plugins.sweeper import Sweeper as HydraSweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from ftrun.errors import Problem
 from ftrun.keep import Keep
 from ftrun.launcher import Settings
+from ftrun.sweep.halving import Halving
 
 if TYPE_CHECKING:
     from ftrun.sweep.points import Point
@@ -30,6 +32,12 @@ class SweeperSettings(Settings):
 
     keep: Keep = Keep.all
     """Which finished jobs keep weights and checkpoints on disk: all, those of the best arm, adapters only, none."""
+
+    halving: Halving = field(default_factory=Halving)
+
+    def check(self) -> Iterator[Problem]:
+        """Yield what cannot be."""
+        yield from self.halving.check("hydra.sweeper.halving.")
 
 
 class Sweeper(HydraSweeper):
@@ -60,6 +68,10 @@ class Sweeper(HydraSweeper):
     @abstractmethod
     def points(self, words: Sequence[str]) -> Iterable[Point]:
         """Yield the points that are known before the first run: of a search, its corners."""
+
+    def num_runs(self, words: Sequence[str], known: int) -> int:
+        """Return how many runs there are, of which so many points are known before the first."""
+        return known
 
     @abstractmethod
     def search(self, sweep: Sweep, words: Sequence[str]) -> None:

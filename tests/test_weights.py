@@ -72,7 +72,7 @@ def test_a_group_that_cannot_be_is_refused(group, message, driver):
 
 
 def test_quick_starts_no_worker(driver, monkeypatch):
-    monkeypatch.setattr("ftrun.task.do", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("ftrun.launch.watch", lambda *_: pytest.fail("a worker was started"))
     assert driver("check", "--quick", "model=tiny").sees(0).out.strip() == "no problems"
 
 

@@ -1,7 +1,8 @@
 """An element's work: does its run on its node, and goes back into the queue when it has to make room.
 
-SIGUSR1, some time before the time limit, and SIGTERM, when SLURM makes room, have the run save. Then the element asks
-SLURM to start it again later, unless SLURM is ending it already: then that is SLURM's to do where it wants it, and one
+The run is a step of the job, also where it has one node: when SLURM begins to make room for others, it says so to steps
+only. SIGUSR1, some time before the time limit, comes to this process, and is passed on. Once the run has saved, SLURM is
+asked to start it again later, unless it is ending the job already: then that is SLURM's to do where it wants it, and one
 that was cancelled must not come back. A run that is done is not done again.
 """
 
@@ -14,15 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
-from ftrun import launch, record
-from ftrun.errors import ConfigError
+from ftrun import record
 from ftrun.record import EXIT_CODES, Result, Status
 from ftrun.slurm import cluster
 from ftrun.slurm.cluster import Element, SlurmError
-from ftrun.slurm.node import Silent
 from ftrun.slurm.submission import Submission
 from ftrun.slurm.told import Told
 
@@ -111,62 +109,50 @@ def _kind(reason: str) -> str:
 
 
 def _run(folder: Path, told: Told) -> Result:
-    """Do a run, and return how it went."""
+    """Do a run on the nodes of the job, and return how it went."""
     if told.numbers:
-        result = Result.load(folder)
-        result.status, result.reason, result.holder = Status.preempted, "", None
-        result.save(folder)
-        return result
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    try:
-        return _on_several(folder, nodes, told) if nodes > 1 else launch.watch(folder, Silent())
-    except ConfigError as error:
-        _say(str(error))
-        return _said_failed(folder, str(error))
-    except Exception as error:
-        traceback.print_exc()
-        return _said_failed(folder, f"{type(error).__name__}: {error}")
-
-
-def _said_failed(folder: Path, reason: str) -> Result:
-    """Return how a run ended that could not be started, or whose worker has said why."""
-    result = Result.load(folder)
-    if result.status is Status.queued or result.holder == record.Holder.me():
-        Result(status=Status.failed, reason=reason, **record.so_far(folder)).save(folder)
-    return Result.load(folder)
-
-
-def _on_several(folder: Path, nodes: int, told: Told) -> Result:
-    """Do a run with processes on each node of the job, of which the first says how it went."""
-    here, there, *_ = cluster.nodes()
-    number = int(os.environ["SLURM_JOB_ID"])
-    env = {
-        "MASTER_ADDR": _own_address(towards=there),
-        "MASTER_PORT": str(_PORTS[0] + number % _PORTS[1]),
-        "SRUN_CPUS_PER_TASK": os.environ.get("SLURM_CPUS_PER_TASK", "1"),  # which srun does not inherit
-    }
-    _say(f"{nodes} nodes, the first {here}, which meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']}")
-    words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    command = [*words, sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
-    process = subprocess.Popen(command, env=os.environ | env, stdin=subprocess.DEVNULL, start_new_session=True)
+        return _written_down(folder, Status.preempted, "")
+    command = ["srun", "--mpi=none", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_places()]
+    command += [sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
+    process = subprocess.Popen(command, env=os.environ | _meeting(), stdin=subprocess.DEVNULL, start_new_session=True)
     is_passed_on = False
     while (code := process.poll()) is None:
         if signal.SIGUSR1 in told.numbers and not is_passed_on:  # SIGTERM comes to every process of a job by itself
             process.send_signal(signal.SIGUSR1)
             is_passed_on = True
         time.sleep(0.1)
-    return _after_srun(folder, code, is_told=bool(told.numbers))
-
-
-def _after_srun(folder: Path, code: int, *, is_told: bool) -> Result:
     result = Result.load(folder)
-    if result.holder or result.status is Status.queued or (result.status is Status.preempted and not is_told):
-        status = Status.preempted if is_told else Status.failed
-        reason = "" if is_told else f"processes on one of its nodes ended, so all were (srun: exit code {code})"
-        last = record.latest_checkpoint(folder)
-        checkpoint = str(last.relative_to(folder)) if last else None
-        Result(status=status, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
+    if result.holder or result.status is Status.queued or (code and result.status is Status.preempted):
+        if told.numbers:
+            return _written_down(folder, Status.preempted, "")
+        reason = f"its processes on one of its nodes ended, and all with them (srun: exit code {code})"
+        return _written_down(folder, Status.failed, reason)
+    return result
+
+
+def _places() -> tuple[str, ...]:
+    """Return on how many nodes a run's processes are to be started: one of `node` on each."""
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
+    return (f"--nodes={nodes}", f"--ntasks={nodes}", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}")
+
+
+def _written_down(folder: Path, status: Status, reason: str) -> Result:
+    """Return how a run stands that could not say so itself."""
+    last = record.latest_checkpoint(folder)
+    checkpoint = str(last.relative_to(folder)) if last else None
+    Result(status=status, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
     return Result.load(folder)
+
+
+def _meeting() -> dict[str, str]:
+    """Return where the processes of several nodes find each other."""
+    here, *others = cluster.nodes()
+    if not others:
+        return {}
+    address = _own_address(towards=others[0])
+    port = _PORTS[0] + int(os.environ["SLURM_JOB_ID"]) % _PORTS[1]
+    _say(f"{len(others) + 1} nodes, the first {here}, which meet at {address}:{port}")
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def _own_address(*, towards: str) -> str:

@@ -26,14 +26,17 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ftrun import config, record
+from ftrun import record
 from ftrun.errors import ConfigError, Problem
-from ftrun.hardware import Device, Hardware
 from ftrun.record import Result
 from ftrun.slurm import cluster
 from ftrun.slurm.cluster import Element, SlurmError, State
 from ftrun.sweep import ledger
+
+if TYPE_CHECKING:
+    from ftrun.hardware import Hardware
 
 FOLDER = ".slurm"
 
@@ -71,6 +74,8 @@ class Resources:
     @classmethod
     def of(cls, hardware: Hardware) -> Resources:
         """Return what a run needs that is computed on this."""
+        from ftrun.hardware import Device
+
         processes = hardware.num_processes or 1
         threads = (hardware.num_threads or 1) + hardware.data_workers
         return cls(
@@ -242,6 +247,8 @@ class _ResourcesOf:
         self._known: dict[str, Resources] = {}
 
     def __call__(self, run: Path) -> Resources:
+        from ftrun import config
+
         text = (run / record.RUN).read_text(encoding="utf-8")
         match = re.search(r"^hardware:\n(?:[ #].*\n|\n)*", text, re.MULTILINE)
         lines = match[0] if match else text

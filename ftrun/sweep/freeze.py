@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,33 +29,45 @@ _REPEATED = 20
 """After so many points that are wrong in ways that are known, the others are not looked at."""
 
 
-def check(points: Iterable[Point]) -> Iterator[tuple[Point, Config]]:
+Also = Callable[[Config], Iterable[Problem]]
+
+
+def _nothing(_: Config) -> Iterable[Problem]:
+    return ()
+
+
+def check(points: Iterable[Point], also: Also = _nothing) -> Iterator[tuple[Point, Config]]:
     """Yield the config of each point that gives one.
+
+    Args:
+        points: What to look at.
+        also: Yields what else is wrong with a config: what the launcher cannot start.
 
     Raises:
         ConfigError: At the end, with everything that is wrong with any of them, once.
     """
-    examined = Examined()
+    examined = Examined(also)
     for point in points:
         if (cfg := examined.config(point)) is not None:
             yield point, cfg
     examined.raise_problems()
 
 
-def freeze(points: Iterable[Point], ledger: Ledger, slots: int) -> list[Job]:
+def freeze(points: Iterable[Point], ledger: Ledger, slots: int, also: Also = _nothing) -> list[Job]:
     """Return the job of each point, newly frozen or known already; points with equal configs are one job.
 
     Args:
         points: What to freeze.
         ledger: The sweep's folder.
         slots: How many jobs share this machine, where they run on its CPUs.
+        also: As of `check`.
 
     Raises:
         ConfigError: With everything that is wrong with any of the points; nothing has been frozen then.
     """
     known = {job.key: job for job in ledger.jobs()}
     taken = {job.folder.name for job in known.values()}
-    examined, facts = Examined(), environment.facts()
+    examined, facts = Examined(also), environment.facts()
     jobs: dict[str, Job] = {}
     made: list[Path] = []
     try:
@@ -101,7 +113,8 @@ def _name(point: Point) -> str:
 class Examined:
     """The points of one sweep as configs, and everything wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Also = _nothing) -> None:
+        self._also = also
         self.problems: dict[Problem, None] = {}
         self._repeated = 0
         self._trees: dict[tuple[str, ...], tuple[DictConfig, Config]] = {}
@@ -117,7 +130,7 @@ class Examined:
             key = repr((cfg.model, cfg.stage, cfg.template, cfg.data))
             if key not in self._on_disk:
                 self._on_disk[key] = launch.wrong_on_disk(cfg, to_run=to_run)
-            found = [*found, *self._on_disk[key]]
+            found = [*found, *self._on_disk[key], *self._also(cfg)]
         is_new = any(problem not in self.problems for problem in found)
         self.problems |= dict.fromkeys(found)
         self._repeated = 0 if is_new else self._repeated + bool(found)

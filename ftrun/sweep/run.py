@@ -59,10 +59,10 @@ class Checked:
     sweeper: Sweeper
     folder: Path
     count: int
-    """How many points are known beforehand."""
+    """How many runs it has."""
 
     shapes: list[tuple[Config, int]]
-    """A config of each shape (see `ftrun.estimate.shapes`), and how many points have it."""
+    """A config of each shape (see `ftrun.estimate.shapes`), and about how many runs have it."""
 
 
 def check(words: Sequence[str]) -> Checked:
@@ -74,9 +74,12 @@ def check(words: Sequence[str]) -> Checked:
     where, rest = apart(points.expand(words))
     sweeper = compose.sweeper(where)
     given = sweeper.points(_without_folder(rest))
-    shapes = estimate.shapes(cfg for _, cfg in freeze.check(given))
+    also = [sweeper.launcher.check] if isinstance(sweeper.launcher, launcher.Launcher) else []
+    shapes = estimate.shapes(cfg for _, cfg in freeze.check(given, *also))
     folder = _folder(sweeper, rest, _title(words))
-    return Checked(sweeper, folder, sum(count for _, count in shapes), shapes)
+    known = sum(count for _, count in shapes)
+    count = sweeper.num_runs(rest, known)
+    return Checked(sweeper, folder, count, [(cfg, max(1, round(each / known * count))) for cfg, each in shapes])
 
 
 def _conduct(ask: Ask, folder: Path | None = None, *, retry_failed: bool) -> Sweep:
@@ -129,8 +132,10 @@ class Sweep:
         Raises:
             ConfigError: With everything that is wrong with any point; nothing has been frozen then.
         """
-        slots = self.launcher.slots if isinstance(self.launcher, launcher.Launcher) else 1
-        jobs = freeze.freeze(wanted, self.ledger, slots)
+        if isinstance(self.launcher, launcher.Launcher):
+            jobs = freeze.freeze(wanted, self.ledger, self.launcher.slots, self.launcher.check)
+        else:
+            jobs = freeze.freeze(wanted, self.ledger, slots=1)
         self.ledger.note(self._ask)
         return jobs
 
@@ -143,7 +148,10 @@ class Sweep:
         todo = [folder for folder in dict.fromkeys(folders) if self._is_open(folder)]
         if todo:
             done, self._tried = len(self._tried), self._tried | set(todo)
-            self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
+            try:
+                self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
+            except KeyboardInterrupt:  # of a launcher that is not ftrun's
+                raise Stopped from None
         if isinstance(self.launcher, launcher.Launcher) and self.launcher.is_stopped:
             raise Stopped
 

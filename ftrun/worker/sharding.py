@@ -208,6 +208,34 @@ def taking_whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def swapped(model: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """While inside, have a cut model compute with other weights, given whole by name. All processes must enter.
+
+    What is gathered is so again afterwards: the backward pass of what went forward before may count on it.
+    """
+    gathered = [module for module in model.modules() if isinstance(module, FSDPModule) and _is_gathered(module)]
+    reshard(model)
+    weights: list[tuple[Any, Tensor]] = [
+        (weight, others[name]) for name, weight in model.named_parameters() if name in others
+    ]
+    now = [weight.detach().to_local().clone() for weight, _ in weights]
+    for weight, other in weights:
+        weight.detach().to_local().copy_(_cut_like(other, weight).to_local())
+    try:
+        yield
+    finally:
+        reshard(model)
+        for (weight, _), before in zip(weights, now, strict=True):
+            weight.detach().to_local().copy_(before)
+        for module in gathered:
+            module.unshard()
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    return any(not isinstance(weight, DTensor) for weight in module.parameters())
+
+
+@contextlib.contextmanager
 def whole_state(optimizer: torch.optim.Optimizer, *, here: bool) -> Iterator[None]:
     """While inside, have an optimizer hold its whole state on the CPU, where asked for. All processes must enter."""
     cut = []

@@ -49,6 +49,16 @@ def test_a_run_of_two_processes_resumes(forked, ftrun, tmp_path):
     assert losses == whole.losses
 
 
+def test_torchrun_starts_them_where_no_server_is(start, ftrun, tmp_path):
+    words = [*RUN, "hardware=cpu", "hardware.num_processes=2", "hardware.sharding=fsdp2", "train.max_steps=2"]
+    forked = ftrun(*words).sees(0)
+    process = start(*words, f"output_dir={tmp_path / 'cold'}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    lines = record.read_lines(tmp_path / "cold" / "metrics.jsonl")
+    assert [line["loss"] for line in lines if "loss" in line] == forked.losses
+
+
 def test_a_process_that_fails_fails_the_run(ftrun, write):
     plugin = write(
         "explode.py",

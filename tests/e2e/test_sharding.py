@@ -132,11 +132,27 @@ def test_bf16_is_gathered_in_half_the_bytes(ftrun):
     assert done.losses == pytest.approx(ddp.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "adapter"), [("dpo", "full"), ("rm", "lora"), ("kto", "full")])
-def test_stages_come_to_the_same(ftrun, stage, adapter):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("stage=dpo", "adapter=full"),
+        ("stage=dpo", "adapter=full", "stage.reference=copy", "train.grad_accumulation=2"),
+        ("stage=rm", "adapter=lora"),
+        ("stage=distill", "adapter=full", "stage.on_policy=0.5", "stage.max_new_tokens=2"),
+    ],
+    ids=" ".join,
+)
+def test_stages_come_to_the_same(ftrun, keys):
+    """The reference that distillation and a copy compare with is the model as it was, whose weights are swapped in."""
     words = [word for word in RUN if not word.startswith(("stage.", "adapter="))]
-    both = [ftrun(f"stage={stage}", *words, f"adapter={adapter}", *more).sees(0) for more in ([FSDP], [])]
-    assert_like(*both, rel=1e-3, atol=1e-4)
+    assert_like(*(ftrun(*keys, *words, *more).sees(0) for more in ([FSDP], [])), rel=1e-4, atol=1e-5)
+
+
+def test_replies_are_the_same(ftrun):
+    words = (*RUN, "stage.num_samples=2", "stage.predict=true", "stage.max_new_tokens=4", "train.max_steps=2")
+    cut, ddp = (ftrun(*words, *more).sees(0) for more in ([FSDP], []))
+    for name in ("samples.jsonl", "predictions.jsonl"):
+        assert (cut.folder / name).read_text() == (ddp.folder / name).read_text()
 
 
 def test_a_launcher_that_says_otherwise_is_refused(ftrun):

@@ -72,4 +72,5 @@ def job_log(run: Path) -> str:
 def hurry_back(run: Path) -> None:
     """Wait until a run's element is back in the queue, where it would stay for two minutes, and have it start."""
     until(lambda: str(place_of(run).state) == "PENDING (BeginTime)")
+    time.sleep(2)  # nodes turn down what is as old, to the second, as what they have just ended
     subprocess.run(["scontrol", "update", f"JobId={place_of(run).element}", "StartTime=now"], check=True)

@@ -79,6 +79,6 @@ class WandB(Tracker):
         def end(status: Status) -> None:
             if status is Status.preempted and wandb.run:
                 wandb.run.mark_preempting()
-            wandb.finish(exit_code=int(status is not Status.completed))
+            wandb.finish(exit_code=int(status not in (Status.completed, Status.paused)))
 
         return [reporter(self, WandbCallback(), end)]

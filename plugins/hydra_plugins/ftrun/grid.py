@@ -31,7 +31,13 @@ class Grid(Sweeper):
     def search(self, sweep: Sweep, words: Sequence[str]) -> None:
         """Freeze every combination, and bring all of them to their end."""
         jobs = sweep.ledger.jobs() if sweep.is_resumed else sweep.freeze(self.points(words))
-        sweep.work([job.folder for job in jobs])
+        if self.settings.halving.eta is None:
+            sweep.work([job.folder for job in jobs])
+            return
+        from ftrun.sweep import halving
+
+        arms = halving.arms(jobs)
+        self.settings.halving.run(arms, sweep.work, is_max=halving.is_max(arms))
 
 
 register("hydra/sweeper", "grid", Grid, SweeperSettings)

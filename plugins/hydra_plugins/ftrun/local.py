@@ -30,10 +30,10 @@ class Local(Launcher):
 
     def setup(self, **given: Any) -> None:
         """Read the settings."""
-        from ftrun.hardware import default_threads
+        from ftrun.hardware import usable_cpus
 
         super().setup(**given)
-        self.slots = self.settings.slots or max(1, default_threads(4))
+        self.slots = self.settings.slots or max(1, usable_cpus() // 4)
 
     def work(self, folders: Sequence[Path]) -> None:
         """Bring jobs to their end, each in processes of its own."""

@@ -4,13 +4,12 @@ No annotations from the future here: Hydra runs this file before dataclasses cou
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftrun.errors import ConfigError, Problem
 from ftrun.fields import ranged
 from ftrun.launcher import register
-from ftrun.sweep.halving import Halving
 from ftrun.sweep.study import FILE, Sampler
 from ftrun.sweeper import Sweeper, SweeperSettings
 
@@ -43,11 +42,9 @@ class OptunaSettings(SweeperSettings):
     max_failures: int | None = ranged(5, ge=1)
     """Stop once so many points in a row have failed; null never stops."""
 
-    halving: Halving = field(default_factory=Halving)
-
     def check(self) -> Iterator[Problem]:
         """Yield what cannot be."""
-        yield from self.halving.check("hydra.sweeper.halving.")
+        yield from super().check()
         if self.startup_trials is not None and self.sampler in (Sampler.random, Sampler.grid):
             message = f"sampler={self.sampler} goes by nothing it has seen, so it would change nothing"
             yield Problem("hydra.sweeper.startup_trials", message, "hydra.sweeper.sampler=tpe, or leave it out")
@@ -67,6 +64,11 @@ class Optuna(Sweeper):
     def points(self, words: Sequence[str]) -> Iterable["Point"]:
         """Yield points at the ends of the space, by which everything is checked beforehand."""
         return self._space(words).corners()
+
+    def num_runs(self, words: Sequence[str], known: int) -> int:
+        """Return how many runs there are: of the points that are asked for, one for each seed."""
+        space = self._space(words)
+        return space.num_trials(self.settings.sampler, self.settings.n_trials) * max(1, len(space.seeds))
 
     def search(self, sweep: "Sweep", words: Sequence[str]) -> None:
         """Ask, run and tell until there are as many points as wanted."""

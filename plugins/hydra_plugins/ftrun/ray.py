@@ -46,11 +46,11 @@ class Ray(Launcher):
 
     def setup(self, **given: Any) -> None:
         """Read the settings."""
-        from ftrun.hardware import default_threads
+        from ftrun.hardware import usable_cpus
 
         super().setup(**given)
         if self.settings.address is None:  # one job for each four CPUs, as the local launcher has it
-            self.slots = max(1, (self.settings.num_cpus or default_threads(1)) // 4)
+            self.slots = max(1, (self.settings.num_cpus or usable_cpus()) // 4)
 
     def work(self, folders: Sequence[Path]) -> None:
         """Bring jobs to their end, each in a task of its own."""
