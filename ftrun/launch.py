@@ -60,6 +60,8 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
     folder = freeze(cfg, overrides)
     (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
     there.launch([[launcher.override(folder)]], 0)
+    if isinstance(there, launcher.Launcher):
+        there.close()
     return failing(Result.load(folder))
 
 

@@ -111,6 +111,9 @@ class Launcher(HydraLauncher):
         self.work(folders)
         return [_returned(folder, given) for folder, given in zip(folders, job_overrides, strict=True)]
 
+    def close(self) -> None:
+        """Give back what it has kept between one batch of jobs and the next."""
+
     @abstractmethod
     def work(self, folders: Sequence[Path]) -> None:
         """Bring the frozen runs in these folders to their end; how each went is in its ``result.json``."""

@@ -91,11 +91,9 @@ class Tasks:
             Whether all of them came to an end.
 
         Raises:
-            ConfigError: There is no such cluster, or a run is of several nodes; nothing has been started then.
+            ConfigError: There is no such cluster; nothing has been started then.
         """
         hardware = {folder: config.hardware_of(folder / record.RUN) for folder in folders}
-        if problems := [problem for each in hardware.values() for problem in _wrong_with(each)]:
-            raise ConfigError(problems)
         with _cluster(self._address, self._num_cpus), PoolDisplay(folders) as display:
             self._hand_over(hardware, display)
             with Signals(lambda *told: self._stopping(display, *told)) as signals:
@@ -226,12 +224,6 @@ class Tasks:
             self._failures[result.reason.split("\n")[0]] += 1
         self._completed += result.status in (Status.completed, Status.paused)
         display.ended(result)
-
-
-def _wrong_with(hardware: Hardware) -> Iterator[Problem]:
-    if hardware.num_nodes > 1:
-        message = "a task of Ray is on one node, and nothing starts the processes on the others"
-        yield Problem("hardware.num_nodes", message, "hydra/launcher=slurm, or hardware.num_nodes=1")
 
 
 def _wanted(hardware: Hardware, most_cpus: float | None) -> dict[str, float]:

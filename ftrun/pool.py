@@ -72,7 +72,7 @@ class Pool:
         Returns:
             Whether all of them came to an end.
         """
-        with PoolDisplay(folders) as display, Signals(display.stopping) as signals, fork_server():
+        with PoolDisplay(folders) as display, Signals(display.stopping) as signals:
             waiting, running = deque(folders), list[Attempt]()
             looked = 0.0
             while running or (waiting and not self._is_over(signals)):

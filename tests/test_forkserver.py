@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-RUN = ("model=tiny", "adapter=full", "train.max_steps=4", "train.log_every=1", "train.micro_batch_size=8")
+RUN = (
+    "model=tiny",
+    "adapter=full",
+    "train.max_steps=4",
+    "train.log_every=1",
+    "train.micro_batch_size=8",
+    "stage.num_samples=0",
+)
 
 
 @pytest.mark.slow

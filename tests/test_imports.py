@@ -12,7 +12,8 @@ import pytest
 from ftrun import forkserver, options
 
 HEAVY = {
-    "torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "accelerate", "pyarrow", "plotly", "optuna", "ray",
+    "torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "accelerate", "pyarrow", "plotly",
+    "optuna", "ray",
 }  # fmt: skip
 
 _DRIVER = """\

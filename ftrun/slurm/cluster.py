@@ -85,7 +85,7 @@ def states(jobs: Iterable[str]) -> dict[Element, State]:
         SlurmError: It does not answer.
     """
     wanted = frozenset(jobs)
-    found = {}
+    found: dict[Element, State] = {}
     for line in _ask(["squeue", *_ALL, "--array", "--format=%F|%K|%T|%r"]).splitlines():
         job, indices, name, reason = line.split("|", 3)
         if job in wanted:

@@ -1,9 +1,9 @@
 """An element's work: does its run on its node, and goes back into the queue when it has to make room.
 
-The run is a step of the job, also where it has one node: when SLURM begins to make room for others, it says so to steps
-only. SIGUSR1, some time before the time limit, comes to this process, and is passed on. Once the run has saved, SLURM is
-asked to start it again later, unless it is ending the job already: then that is SLURM's to do where it wants it, and one
-that was cancelled must not come back. A run that is done is not done again.
+The run is a step of the job, also where it has one node: when SLURM begins to make room for others, it says so to
+steps only. SIGUSR1, some time before the time limit, comes to this process, and is passed on. Once the run has saved,
+SLURM is asked to start it again later, unless it is ending the job already: then that is SLURM's to do where it wants
+it, and one that was cancelled must not come back. A run that is done is not done again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ftrun import record
 from ftrun.record import EXIT_CODES, Result, Status
-from ftrun.slurm import cluster
+from ftrun.slurm import cluster, last_word
 from ftrun.slurm.cluster import Element, SlurmError
 from ftrun.slurm.submission import Submission
 from ftrun.slurm.told import Told
@@ -111,7 +111,7 @@ def _kind(reason: str) -> str:
 def _run(folder: Path, told: Told) -> Result:
     """Do a run on the nodes of the job, and return how it went."""
     if told.numbers:
-        return _written_down(folder, Status.preempted, "")
+        return last_word.write(folder, Status.preempted, "")
     command = ["srun", "--mpi=none", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_places()]
     command += [sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
     process = subprocess.Popen(command, env=os.environ | _meeting(), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -124,9 +124,9 @@ def _run(folder: Path, told: Told) -> Result:
     result = Result.load(folder)
     if result.holder or result.status is Status.queued or (code and result.status is Status.preempted):
         if told.numbers:
-            return _written_down(folder, Status.preempted, "")
+            return last_word.write(folder, Status.preempted, "")
         reason = f"its processes on one of its nodes ended, and all with them (srun: exit code {code})"
-        return _written_down(folder, Status.failed, reason)
+        return last_word.write(folder, Status.failed, reason)
     return result
 
 
@@ -134,14 +134,6 @@ def _places() -> tuple[str, ...]:
     """Return on how many nodes a run's processes are to be started: one of `node` on each."""
     nodes = os.environ["SLURM_JOB_NUM_NODES"]
     return (f"--nodes={nodes}", f"--ntasks={nodes}", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}")
-
-
-def _written_down(folder: Path, status: Status, reason: str) -> Result:
-    """Return how a run stands that could not say so itself."""
-    last = record.latest_checkpoint(folder)
-    checkpoint = str(last.relative_to(folder)) if last else None
-    Result(status=status, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
-    return Result.load(folder)
 
 
 def _meeting() -> dict[str, str]:

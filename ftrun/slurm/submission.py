@@ -224,8 +224,6 @@ def submit(runs: Sequence[Path], terms: Terms) -> list[Submission]:
     resources = _ResourcesOf()
     for run in runs:
         groups.setdefault((home_of(run), resources(run)), []).append(run)
-    if problems := [problem for _, each in groups for problem in _too_short(each, terms)]:
-        raise ConfigError(problems)
     parts = [
         (home, each, members[start : start + longest])
         for (home, each), members in groups.items()
@@ -255,12 +253,6 @@ class _ResourcesOf:
         if lines not in self._known:
             self._known[lines] = Resources.of(config.hardware_of(run / record.RUN))
         return self._known[lines]
-
-
-def _too_short(resources: Resources, terms: Terms) -> Iterator[Problem]:
-    if resources.minutes is not None and terms.signal_seconds >= 60 * resources.minutes:
-        message = f"{terms.signal_seconds} s before a limit of {resources.minutes} minutes is before the run starts"
-        yield Problem("hydra.launcher.signal_seconds", message, "fewer seconds, or more hardware.minutes")
 
 
 def _submit(home: Path, runs: Sequence[Path], resources: Resources, terms: Terms) -> Submission:

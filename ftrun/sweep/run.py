@@ -6,6 +6,7 @@ unfinished after anything has died.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -87,7 +88,7 @@ def _conduct(ask: Ask, folder: Path | None = None, *, retry_failed: bool) -> Swe
     sweeper = compose.sweeper(where)
     sweeper.settings.retry_failed = sweeper.settings.retry_failed or retry_failed
     sweep = Sweep(sweeper, folder or _folder(sweeper, words, ask.title), ask, is_resumed=folder is not None)
-    with sweep.ledger.held():
+    with sweep.ledger.held(), contextlib.closing(sweep):
         try:
             sweeper.search(sweep, _without_folder(words))
         except Stopped:
@@ -170,6 +171,11 @@ class Sweep:
             board.write(self.folder)
             keep.apply(self.folder, self.settings.keep)
             self._note_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def close(self) -> None:
+        """Have the launcher give back what it keeps."""
+        if isinstance(self.launcher, launcher.Launcher):
+            self.launcher.close()
 
     def conclude(self) -> None:
         """Delete what is not kept, of jobs that are stopped early, too: nothing goes on any more."""

@@ -50,6 +50,9 @@ def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
             last = record.latest_checkpoint(folder)
             result.checkpoint = str(last.relative_to(folder)) if last else None
             result.save(folder)
+    except record.Held as error:  # who started this process is gone, and somebody else has come to be at the run
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
     finally:
         _leave_process_group()
     return int(result.status is Status.failed)
@@ -146,7 +149,7 @@ class _Held:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> _Held:
-        Result(holder=record.Holder.me()).save(self._folder)
+        record.claim(self._folder, after=record.Holder.from_environment())
         self._thread.start()
         return self
 

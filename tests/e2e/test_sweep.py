@@ -238,3 +238,21 @@ def test_a_worker_whose_driver_died_before_it_began_leaves_the_run_to_its_new_ho
     record.Result(holder=record.Holder(mine.host, os.getppid(), record._start_ticks(os.getppid()))).save(tmp_path)
     with pytest.raises(record.Held, match="is running"):
         record.claim(tmp_path, after=dead)
+
+
+@pytest.mark.slow
+def test_losing_points_of_a_grid_are_stopped_early_and_their_checkpoints_go(ftrun, tmp_path):
+    words = ("-m", "model=tiny", "hardware=cpu", "train.max_steps=8", "stage.num_samples=0", "hydra.launcher.slots=2")
+    words = (*words, "optimizer.lr=1e-5,1e-4,1e-3,4e-3", "output_dir=sweep", "hydra.sweeper.halving.eta=2")
+    done = ftrun(*words, "hydra.sweeper.halving.first=2", "hydra.sweeper.keep=best").sees(0)
+    assert "freed" in done.out
+    found = {job.overrides[0].partition("=")[2]: Result.load(job.folder) for job in Ledger(tmp_path / "sweep").jobs()}
+    assert {lr: (str(result.status), result.step) for lr, result in found.items()} == {
+        "1e-05": ("paused", 2), "0.0001": ("paused", 2), "0.001": ("paused", 4), "0.004": ("completed", 8),
+    }  # fmt: skip
+    assert (Path(found["0.004"].folder) / "model").is_dir()
+    assert not list((tmp_path / "sweep").glob("optimizer.lr=1e-05/checkpoints/*"))
+    alone = ftrun(*words[1:6], "optimizer.lr=4e-3", f"output_dir={tmp_path / 'alone'}").sees(0)
+    assert alone.result.objective == found["0.004"].objective
+    again = ftrun(*words, "hydra.sweeper.halving.first=2", "hydra.sweeper.keep=best").sees(0)
+    assert "started" not in again.out

@@ -22,7 +22,7 @@ SLURM = ("hydra/launcher=slurm", "hydra.launcher.poll_seconds=0.2", "hardware.me
 WAIT = (*SLURM, "hydra.launcher.wait=true")
 TINY = ("model=tiny", "hardware=cpu", "stage.num_samples=0", "train.max_steps=2")
 LONG = (
-    "model=tiny", "hardware=cpu", "stage.num_samples=0", "adapter=full", "train.max_steps=120", "train.log_every=1",
+    "model=tiny", "hardware=cpu", "stage.num_samples=0", "adapter=full", "train.max_steps=80", "train.log_every=1",
     "train.micro_batch_size=16", "train.save_every=40",
 )  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_scancel_saves_and_ends_and_resume_goes_on(long, ftrun, whole):
     result = Result.load(run)
     assert (result.status, result.checkpoint) == ("interrupted", f"checkpoints/step-{result.step}")
     assert "cancelled in SLURM" in result.reason
-    assert 5 <= result.step < 120
+    assert 5 <= result.step < 80
     ftrun("-m", *LONG, *WAIT, "seed=1", "output_dir=sweep").sees(0)
     assert comparable(run) == comparable(whole)
     assert weights(run) == weights(whole)
@@ -185,7 +185,7 @@ def test_before_the_time_limit_a_run_saves_and_goes_back_into_the_queue(long, wh
     hurry_back(run)
     until(lambda: place_of(run).state.is_over)
     assert restarts(run) == 1
-    assert 5 <= saved < 120
+    assert 5 <= saved < 80
     assert comparable(run) == comparable(whole)
 
 

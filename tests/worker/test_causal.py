@@ -112,7 +112,6 @@ def test_equals_the_formula_row_by_row(family, attention, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["padding_free", "packed"])
-@torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False)  # dear, and of no use for so few
 def test_flex_attention_keeps_rows_apart(kind):
     net = model("llama", "flex_attention").eval()
     try:

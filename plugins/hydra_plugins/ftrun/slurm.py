@@ -6,11 +6,14 @@ No annotations from the future here: Hydra runs this file before dataclasses cou
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftrun.errors import ConfigError, Problem
 from ftrun.fields import ranged
 from ftrun.launcher import Launcher, Settings, register
+
+if TYPE_CHECKING:
+    from ftrun.config import Config
 
 
 @dataclass(kw_only=True)
@@ -103,6 +106,7 @@ class Slurm(Launcher):
     """Runs in arrays on a SLURM cluster."""
 
     settings_class = SlurmSettings
+    has_nodes = True
 
     def setup(self, **given: Any) -> None:
         """Read the settings.
@@ -123,6 +127,14 @@ class Slurm(Launcher):
             problems.append(Problem("hydra.launcher.wait", message, "hydra.launcher.wait=true"))
         if problems:
             raise ConfigError(problems)
+
+    def check(self, cfg: "Config") -> Iterator[Problem]:
+        """Yield what it cannot start of a run."""
+        yield from super().check(cfg)
+        minutes, seconds = cfg.hardware.minutes, self.settings.signal_seconds
+        if minutes is not None and seconds >= 60 * minutes:
+            message = f"{seconds} s before a limit of {minutes} minutes is before the run starts"
+            yield Problem("hydra.launcher.signal_seconds", message, "fewer seconds, or more hardware.minutes")
 
     def work(self, folders: Sequence[Path]) -> None:
         """Submit runs that are not in SLURM's hands already, and wait for all of them if that is wanted."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-SMALL = ("stage=sft", "model=tiny", "data.rows=16", "train.max_steps=3", "train.log_every=1", "optimizer.lr=1e-2")
+SMALL = (
+    "stage=sft",
+    "model=tiny",
+    "data.rows=16",
+    "train.max_steps=3",
+    "train.log_every=1",
+    "optimizer.lr=1e-2",
+    "stage.num_samples=0",
+)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
