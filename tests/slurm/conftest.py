@@ -32,7 +32,7 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cluster.stop()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cluster(_cluster: None) -> Iterator[None]:
     """A cluster that a test finds without jobs."""
     yield

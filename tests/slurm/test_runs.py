@@ -18,6 +18,8 @@ from ftrun.slurm import submission
 from tests.ended import comparable, weights
 from tests.slurm.conftest import hurry_back, job_log, place_of, restarts, step_of, until
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.poll_seconds=0.2", "hardware.memory_gb=0.1", "hardware.cpus=1")
 WAIT = (*SLURM, "hydra.launcher.wait=true")
 TINY = ("model=tiny", "hardware=cpu", "stage.num_samples=0", "train.max_steps=2")
@@ -104,6 +106,14 @@ def test_what_fails_fails_alone_and_is_tried_again_only_if_that_is_wanted(ftrun,
     assert shape(tmp_path / "sweep") == [2]
     ftrun(*words, "--retry-failed").sees(1)
     assert shape(tmp_path / "sweep") == [2, 1]
+
+
+def test_what_slurm_refuses_is_said_with_the_key(ftrun, tmp_path):
+    done = ftrun("-m", *TINY, *SLURM, "hydra.launcher.partition=nowhere", "seed=1,2", "output_dir=sweep").sees(2)
+    assert "hydra.launcher.partition: SLURM refuses" in done.err
+    assert "invalid partition" in done.err
+    assert shape(tmp_path / "sweep") == []
+    assert statuses(tmp_path / "sweep") == ["queued"] * 2
 
 
 def test_a_job_that_dies_without_a_word_has_failed_and_its_log_says_more(ftrun, tmp_path):
