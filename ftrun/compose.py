@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -110,6 +110,9 @@ class PluginSource(ConfigSource):
 class WorkingConf(FileConfigSource):
     """The working folder's own ./conf, of which only what lies in ftrun's groups is looked at."""
 
+    groups: ClassVar[tuple[str, ...]] = tuple(options.GROUPS)
+    """Those that are composed just now: another application's launchers are no matter of a run's config."""
+
     @staticmethod
     def scheme() -> str:
         """Return the scheme of search-path entries that this class serves."""
@@ -131,12 +134,12 @@ class WorkingConf(FileConfigSource):
 
     def is_group(self, config_path: str) -> bool:
         """Tell whether a path is one of the groups, and is there."""
-        return config_path in ("", "hydra", *options.GROUPS, *options.LAUNCHING) and super().is_group(config_path)
+        known = ("", *self.groups, *(group.partition("/")[0] for group in self.groups))
+        return config_path in known and super().is_group(config_path)
 
     def is_config(self, config_path: str) -> bool:
         """Tell whether a path is an option of one of the groups."""
-        groups = (*options.GROUPS, *options.LAUNCHING)
-        return config_path.rpartition("/")[0] in groups and super().is_config(config_path)
+        return config_path.rpartition("/")[0] in self.groups and super().is_config(config_path)
 
 
 class SearchPath(SearchPathPlugin):
@@ -231,7 +234,7 @@ def _hydra(where: Sequence[str]) -> tuple[DictConfig, HydraContext]:
     # Launchers of others make a folder for each job, which here has one already; submitit's is read on other machines.
     theirs = words.as_text(str(model.cache_folder() / "launchers"))
     apart = [f"hydra.sweep.dir={theirs}", "hydra.output_subdir=null", "hydra/job_logging=none"]
-    with _initialized():
+    with _initialized(options.LAUNCHING):
         base = compose(_JOB, [*chosen, *map(_text, groups), *apart], return_hydra_config=True)
         values = [override for override in given if override not in groups]
         if problems := [problem for override in values for problem in diagnose.wrong_value(base, override)]:
@@ -249,7 +252,7 @@ _JOB = "ftrun_job"
 
 
 def _hydra_options(group: str) -> list[str]:
-    with _initialized():
+    with _initialized(options.LAUNCHING):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         return sorted(hydra.config_loader.get_group_options(group))
@@ -275,12 +278,13 @@ def _without_wrong_values(
 
 
 @contextlib.contextmanager
-def _initialized() -> Iterator[None]:
-    """Have Hydra know where ftrun's options are."""
+def _initialized(groups: Sequence[str] = tuple(options.GROUPS)) -> Iterator[None]:
+    """Have Hydra know where the options of these groups are."""
     registry = Plugins.instance()
     for cls in (PluginSource, WorkingConf, SearchPath):
         if cls not in registry.class_name_to_class.values():
             registry.register(cls)
+    WorkingConf.groups = tuple(groups)
     with initialize_config_dir(str(options.CONF), version_base="1.3", job_name="ftrun"):
         yield
 

@@ -297,6 +297,7 @@ def _contradictions(cfg: Config) -> Iterator[Problem]:
     yield from cfg.train.check_lengths(cfg.data, 2 if cfg.stage.rows == "pairs" else 1)
     yield from cfg.train.check_with(cfg)
     yield from cfg.hardware.check(cfg.train)
+    yield from cfg.hardware.check_with(cfg)
     yield from template.check(cfg.template)
     yield from keys.check(cfg)
     yield from _rewards(cfg)

@@ -242,8 +242,7 @@ class OptimizerSuite(PluginSuite):
         """Return a small run, unless the option does not go with the words, or its packages are missing."""
         self._needs_its_packages()
         typed = [*self.words, f"adapter={self.adapter}", f"optimizer.lr={self.lr}", *words]
-        _, problems = config.examine(typed)
-        if words and problems:
+        if words and (problems := config.examine(typed)[1]):
             pytest.skip(str(problems[0]))
         return _small_run(folder, typed)
 

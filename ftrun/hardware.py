@@ -259,7 +259,7 @@ class Hardware:
         if self.sharding is Sharding.fsdp2 and not chosen.takes_shards:
             message = f"optimizer={chosen.name} looks at whole weights, and FSDP2 gives it shards of them"
             yield Problem("optimizer", message, "optimizer=adamw, or hardware.sharding=none")
-        if self.sharding.cuts_weights and not getattr(cfg.stage, "takes_shards", True):
+        if self.sharding.cuts_weights and not cfg.stage.takes_shards:
             message = f"stage={cfg.stage.name} looks at whole weights while it trains, and {self.sharding} cuts them up"
             yield Problem("stage", message, "hardware.sharding=none")
 

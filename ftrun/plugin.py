@@ -133,6 +133,9 @@ class Stage(Plugin):
     depends_on_batches: ClassVar[str] = ""
     """Why the loss depends on how a step's rows are divided into micro batches, if it does."""
 
+    takes_shards: ClassVar[bool] = True
+    """Whether it trains a model of which each process holds shards (FSDP2, ZeRO 3)."""
+
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics a run ends with, any of which may be the ``objective``; the first is its default."""
 

@@ -86,7 +86,8 @@ def states(jobs: Iterable[str]) -> dict[Element, State]:
     """
     wanted = frozenset(jobs)
     found: dict[Element, State] = {}
-    for line in _ask(["squeue", *_ALL, "--array", "--format=%F|%K|%T|%r"]).splitlines():
+    env = os.environ | {"SLURM_BITSTR_LEN": "0"}  # or a long list of elements ends in dots
+    for line in _ask(["squeue", *_ALL, "--array", "--format=%F|%K|%T|%r"], env=env).splitlines():
         job, indices, name, reason = line.split("|", 3)
         if job in wanted:
             found |= {Element(job, index): State(name, reason) for index in _indices(indices)}

@@ -331,14 +331,15 @@ class _Unstarted:
 
 
 _KEYS = {
-    "partition": "hydra.launcher.partition",
-    "account": "hydra.launcher.account",
     "qos": "hydra.launcher.qos",
+    "account": "hydra.launcher.account",
+    "partition": "hydra.launcher.partition",
     "reservation": "hydra.launcher.reservation",
     "feature": "hydra.launcher.constraint",
     "time limit": "hardware.minutes",
     "memory": "hardware.memory_gb",
     "cpu": "hardware.cpus",
+    "processors": "hardware.cpus",
     "gres": "hardware.num_processes",
     "node": "hardware",
     "option": "hydra.launcher.flags",

@@ -106,8 +106,6 @@ def _axis(word: str) -> tuple[str, ...]:
     if override is None or not override.is_sweep_override():
         return ()
     key = override.key_or_group
-    if key == "output_dir":
-        raise ConfigError([Problem(key, "is the folder of the whole sweep, and not swept", "output_dir=FOLDER")])
     if not (values := _values(override)):
         raise ConfigError([Problem(key, f"{override.input_line} gives no value", f"{key}=VALUE,VALUE")])
     return tuple(f"{key}={value}" for value in values)

@@ -197,9 +197,12 @@ def _title(words: Sequence[str]) -> str:
 
 def _folder(sweeper: Sweeper, words: Sequence[str], title: str) -> Path:
     """Return where a sweep's folder is."""
-    given = [str(override.value()) for word in words if word.startswith("output_dir=") if (override := parse(word))]
+    given = [override for word in words if word.startswith("output_dir=") if (override := parse(word))]
+    if any(override.is_sweep_override() for override in given):
+        message = "is the folder of the whole sweep, and not swept"
+        raise ConfigError([Problem("output_dir", message, "output_dir=FOLDER")])
     default = Path("outputs", "sweeps", _name(sweeper, _without_folder(words), title))
-    return Path(given[-1] if given else default).expanduser().resolve()
+    return Path(str(given[-1].value()) if given else default).expanduser().resolve()
 
 
 def _name(sweeper: Sweeper, words: Sequence[str], title: str) -> str:

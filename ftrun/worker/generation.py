@@ -24,7 +24,7 @@ from ftrun.config import Config
 from ftrun.data import TrainOn
 from ftrun.data.rows import Conversation, Row
 from ftrun.errors import ConfigError, Problem
-from ftrun.worker import noise
+from ftrun.worker import noise, sharding
 from ftrun.worker.batches import Batch, model_inputs, padding_collator
 from ftrun.worker.encode import EncodedRow, RowEncoder
 from ftrun.worker.sampling import Budget
@@ -96,6 +96,8 @@ class Generator:
             world_size: Number of processes.
             progress: Is told after each batch how many replies this process has written.
         """
+        if world_size > 1 and sharding.is_cut(model):
+            rank, world_size = 0, 1  # all take part in each forward pass, so all write everything
         lengths = np.array([self._length(prompt) for prompt in prompts], np.int64)
         order = np.argsort(-lengths, kind="stable")[rank::world_size]
         taken = (lengths[order] + self.decoding.max_new_tokens) * self.decoding.num_beams

@@ -21,7 +21,7 @@ from ftrun import events
 from ftrun.anchor import Anchored, Reference, of_reference
 from ftrun.errors import ConfigError, Problem
 from ftrun.model import identity
-from ftrun.worker import loading, noise, parameters, sampling
+from ftrun.worker import loading, noise, parameters, sampling, sharding
 from ftrun.worker.batches import Batch, is_flat
 from ftrun.worker.head import Head
 from ftrun.worker.store import locked
@@ -131,6 +131,10 @@ class Live:
     def _swapped(self, policy: nn.Module) -> Iterator[None]:
         """While inside, have the weights that train be what they were."""
         # Not all of them may train at this time: optimizers let blocks take turns.
+        if sharding.is_cut(policy):
+            with sharding.swapped(policy, self._start):
+                yield
+            return
         weights = {name: weight for name, weight in policy.named_parameters() if name in self._start}
         now = {name: weight.data for name, weight in weights.items()}
         try:

@@ -39,8 +39,8 @@ class Samples(TrainerCallback):
             raise ConfigError([bad.problem]) from None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Generate the replies on the first process."""
-        if not (self.prompts and self.run.is_main):
+        """Generate the replies on the first process, or on all where none holds the whole model."""
+        if not self.prompts or not (self.run.is_main or self.run.cfg.hardware.sharding.cuts_weights):
             return
         written = self._generator.replies(model, [{"input_ids": ids} for ids in self._prompt_ids])
         texts = [self._generator.text(self.run.tokenizer, ids) for ids in written]

@@ -35,7 +35,8 @@ def test_the_frozen_config_says_everything(ftrun):
     done = ftrun(*TINY, "train.max_steps=1", "seed=7").sees(0)
     frozen = yaml.safe_load((done.folder / "run.yaml").read_text())
     assert frozen["seed"] == 7
-    assert frozen["hardware"] == {"device": "cpu", "num_processes": 1, "num_threads": 1, "data_workers": 0}
+    assert frozen["hardware"]["device"] == "cpu"
+    assert frozen["hardware"]["num_processes"] == frozen["hardware"]["num_threads"] == 1
     assert frozen["train"]["precision"] == "fp32"
     assert frozen["model"]["source"] == "builtin"
     assert frozen["optimizer"] == {

@@ -154,7 +154,7 @@ def test_an_answer_that_comes_too_late_is_no_refusal(runs, asked, monkeypatch):
 
 def test_elements_that_were_cancelled_together_are_told_apart(monkeypatch):
     answer = "5|1-2,4%3|CANCELLED|None\n5|0|RUNNING|None\n6|0|RUNNING|None\n7|N/A|RUNNING|a|b\n"
-    monkeypatch.setattr(cluster, "_ask", lambda *_: answer)
+    monkeypatch.setattr(cluster, "_ask", lambda *_, **__: answer)
     assert {str(element): state.name for element, state in cluster.states(["5", "7"]).items()} == {
         "5_1": "CANCELLED", "5_2": "CANCELLED", "5_4": "CANCELLED", "5_0": "RUNNING",
     }  # fmt: skip
@@ -162,7 +162,7 @@ def test_elements_that_were_cancelled_together_are_told_apart(monkeypatch):
 
 def test_accounts_are_asked_for_what_is_forgotten(monkeypatch):
     answer = "5_1|CANCELLED by 1000\n5_0|OUT_OF_MEMORY\n5_[2-3]|PENDING\n"
-    monkeypatch.setattr(cluster, "_ask", lambda *_: answer)
+    monkeypatch.setattr(cluster, "_ask", lambda *_, **__: answer)
     assert cluster.accounted([Element("5", 0)]) == {
         Element("5", 1): State("CANCELLED"),
         Element("5", 0): State("OUT_OF_MEMORY"),

@@ -52,6 +52,7 @@ class PPO(Anchored, Stage):
     default_reward: ClassVar[str] = "math"
     rows: ClassVar[str] = "questions"
     reads: ClassVar[tuple[str, ...]] = ("model.*", "template.*", *_TRAIN, *ROWS, *MESSAGES)
+    takes_shards: ClassVar[bool] = False  # it writes its value model by itself, and that is cut up, too
     metrics: ClassVar[tuple[str, ...]] = (
         "eval_rewards_mean", "rewards_mean", "loss", "eval_kl", "kl", "policy_loss", "value_loss",
     )  # fmt: skip
