@@ -105,12 +105,19 @@ def _resume(words: list[str]) -> int:
     parser = _parser("resume", "Go on with a run or a sweep that was stopped, from the newest checkpoints.")
     parser.add_argument("folder", type=Path, help="the folder of the run or the sweep")
     parser.add_argument(_RETRY, action="store_true", help="of a sweep, the jobs that have failed, too")
-    asked = parser.parse_args(words)
+    about = "of a run: hardware.*, train.micro_batch_size, train.grad_accumulation"
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help=about)
+    asked = parser.parse_intermixed_args(words)
     if ledger.is_sweep(asked.folder) or (asked.folder / ledger.DRIVER).exists():
         from ftrun.sweep import run
 
+        if asked.changes:
+            raise ConfigError([Problem(asked.changes[0], "cannot change in the middle of a sweep", "leave it out")])
+
         return _conclude(run.resume(asked.folder, retry_failed=asked.retry_failed))
-    return summary.conclude(launch.resume(asked.folder))
+    if asked.retry_failed:
+        raise ConfigError([Problem(_RETRY, "is about a sweep; a run is tried again anyway", "leave it out")])
+    return summary.conclude(launch.resume(asked.folder, asked.changes))
 
 
 def _show(words: list[str]) -> int:

@@ -133,6 +133,35 @@ class Config:
         raise ConfigError([Problem(str(path), message, fix)])
 
 
+def changed(path: Path, overrides: Sequence[str]) -> Config:
+    """Return a saved tree with what may change in the middle of a run: where it goes on, and how a step is divided.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    from ftrun import diagnose, words
+
+    node: DictConfig = OmegaConf.structured(Config.load(path))
+    problems: list[Problem] = []
+    for override in [override for word in overrides for override in words.parse(word, problems)]:
+        key = override.key_or_group
+        if not key.startswith("hardware.") and key not in _DIVIDE_A_STEP:
+            message = "is what the run has been about so far, and cannot change in its middle"
+            fix = f"a run of its own; here, hardware.* and {', '.join(_DIVIDE_A_STEP)}"
+            problems.append(Problem(key, message, fix))
+        elif wrong := list(diagnose.wrong_value(node, override)):
+            problems += wrong
+        else:
+            OmegaConf.update(node, key, override.value())
+    cfg = cast(Config, OmegaConf.to_object(node))
+    if problems := problems or judge_object(cfg, overrides):
+        raise ConfigError(problems)
+    return cfg
+
+
+_DIVIDE_A_STEP = ("train.micro_batch_size", "train.grad_accumulation")
+
+
 def hardware_of(path: Path) -> Hardware:
     """Return what a saved tree is computed on, without looking at the rest of it.
 

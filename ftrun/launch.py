@@ -94,8 +94,12 @@ def wrong_on_disk(cfg: Config, *, to_run: bool = True) -> list[Problem]:
     return [*model.check(cfg.model, weights=to_run), *of_options, *(check_rows(cfg) if cfg.stage.rows else ())]
 
 
-def resume(folder: Path) -> Result:
+def resume(folder: Path, changes: Sequence[str] = ()) -> Result:
     """Go on with a run from its newest checkpoint, or from its beginning if it has none.
+
+    Args:
+        folder: The run's.
+        changes: Words that change where it goes on; see `ftrun.config.changed`.
 
     Raises:
         ConfigError: There is no run, it is done, or somebody else is at it.
@@ -123,6 +127,8 @@ def resume(folder: Path) -> Result:
                     )
                 ]
             )
+    if changes:
+        config.changed(folder / record.RUN, changes).save(folder / record.RUN)
     return start(folder)
 
 
