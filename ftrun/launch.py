@@ -28,6 +28,7 @@ from ftrun.display import Display, near
 from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.record import Result, Status
 from ftrun.signals import Signals
+from ftrun.slurm import submission
 
 
 def run(overrides: Sequence[str]) -> Result:
@@ -109,6 +110,8 @@ def resume(folder: Path, changes: Sequence[str] = ()) -> Result:
         raise ConfigError(
             [Problem(str(folder), "holds no run (it has no run.yaml)", "ftrun resume FOLDER; `ftrun runs` lists them")]
         )
+    if state := submission.states([folder.resolve()]).get(folder.resolve()):
+        raise ConfigError([Problem(str(folder), f"is in SLURM's hands: {state}", f"`ftrun cancel {folder}` first")])
     if (folder / record.RESULT).exists():
         try:
             result = Result.load(folder)
@@ -368,7 +371,7 @@ def watch(folder: Path, display: Screen, words: Sequence[str] = (), answer: Answ
                 if answer:
                     os.close(answer.input)
             signals.add_session(process.pid)
-            if cfg.hardware.num_processes == 1:
+            if not cfg.hardware.in_a_group:
                 signals.add(process.pid)
             try:
                 code = _until_the_end(process, receiver, display, signals, answer)

@@ -221,7 +221,7 @@ class Tasks:
     def _over(self, result: Result, display: PoolDisplay) -> None:
         """Note how a run ended."""
         if result.status is Status.failed:
-            self._failures[result.reason.split("\n")[0]] += 1
+            self._failures[record.kind_of(result.reason)] += 1
         self._completed += result.status in (Status.completed, Status.paused)
         display.ended(result)
 

@@ -146,7 +146,7 @@ class Pool:
             raise
         attempt = Attempt(folder, process, slot, receiver, {process.pid})
         signals.add_session(process.pid)
-        if hardware.num_processes == 1:
+        if not hardware.in_a_group:
             signals.add(process.pid)
         return attempt
 
@@ -196,7 +196,7 @@ class Pool:
     def _over(self, result: Result, display: PoolDisplay) -> None:
         """Note how a run ended."""
         if result.status is Status.failed:
-            self._failures[result.reason.split("\n")[0]] += 1
+            self._failures[record.kind_of(result.reason)] += 1
         self._completed += result.status in (Status.completed, Status.paused)
         display.ended(result)
 

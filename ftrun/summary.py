@@ -20,6 +20,7 @@ from ftrun.board import Row, rows
 from ftrun.board.tables import duration, number
 from ftrun.display import clean, console, near
 from ftrun.record import EXIT_CODES, Result, Status
+from ftrun.slurm.submission import states
 
 _COLOURS = {
     Status.completed: "green",
@@ -35,6 +36,11 @@ _COLOURS = {
 def conclude(result: Result) -> int:
     """Print how a run ended, and return the exit code for it."""
     folder = Path(result.folder)
+    if result.status in (Status.queued, Status.running):
+        console.print(
+            f"{result.status}; [bold]ftrun runs {escape(near(folder))}[/] shows how it stands", soft_wrap=True
+        )
+        return 0
     if result.status is Status.completed:
         _show_outcome(result, folder)
     else:
@@ -132,8 +138,10 @@ def show_runs(root: Path, *, as_json: bool) -> None:
     """Print the runs below a folder, the newest last."""
     found = [_Run(folder, result) for folder in record.runs(root) if (result := _result(folder))]
     found.sort(key=lambda run: run.changed)
+    waiting = [run.folder for run in found if run.result.status in (Status.queued, Status.running)]
+    in_slurm = states(waiting) if waiting else {}
     if as_json:
-        print(json.dumps(_described(found), indent=2))  # noqa: T201
+        print(json.dumps(_described(found, in_slurm), indent=2))  # noqa: T201
         return
     if not found:
         console.print(f"no runs below {escape(str(root))}")
@@ -141,13 +149,14 @@ def show_runs(root: Path, *, as_json: bool) -> None:
     counts = Counter(run.result.status for run in found)
     parts = ", ".join(f"[{_COLOURS[status]}]{counts[status]} {status}[/]" for status in Status if counts[status])
     console.print(f"runs in {escape(str(root))}" + (f": {parts}" if len(found) > 1 else ""))
-    console.print(_table(root, _described(found[-_MOST_RUNS:])))
+    console.print(_table(root, _described(found[-_MOST_RUNS:], in_slurm)))
     if left := max(0, len(found) - _MOST_RUNS):
         console.print(f"and {left:,} that changed before these; --json lists all")
 
 
-def _described(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    return sorted((run.describe() for run in runs), key=lambda row: str(row["started"]))
+def _described(runs: Sequence[_Run], in_slurm: Mapping[Path, str]) -> list[dict[str, Any]]:
+    described = (run.describe() | {"slurm": in_slurm.get(run.folder)} for run in runs)
+    return sorted(described, key=lambda row: str(row["started"]))
 
 
 def _table(root: Path, described: Sequence[dict[str, Any]]) -> Table:
@@ -159,7 +168,7 @@ def _table(root: Path, described: Sequence[dict[str, Any]]) -> Table:
     for row in described:
         overrides = " ".join(word for word in row["overrides"] if not word.startswith("output_dir="))
         table.add_row(
-            f"[{_COLOURS[Status(row['status'])]}]{row['status']}[/]",
+            f"[{_COLOURS[Status(row['status'])]}]{row['status']}[/]" + (f" {row['slurm']}" if row["slurm"] else ""),
             str(row["step"]),
             *(number(row["metrics"].get(name)) for name in ("loss", "eval_loss")),
             number(row["objective"]),

@@ -88,7 +88,7 @@ def _is_stopped(submission: Submission) -> bool:
     if stop.exists():
         return True
     ended = record.read_lines(submission.file(".ended"))
-    reasons = [_kind(line["reason"]) for line in ended if line["status"] == Status.failed]
+    reasons = [record.kind_of(line["reason"]) for line in ended if line["status"] == Status.failed]
     done = any(line["status"] in (Status.completed, Status.paused) for line in ended)
     worst = max(reasons, key=reasons.count, default="")
     if most is None or done or reasons.count(worst) < most:
@@ -101,11 +101,6 @@ def _is_stopped(submission: Submission) -> bool:
     except SlurmError as error:  # each of them will read it
         _say(str(error))
     return True
-
-
-def _kind(reason: str) -> str:
-    """Return a reason without the numbers and paths in it, in which runs that fail in the same way differ."""
-    return re.sub(r"(\S*[\d/]\S*\s*)+", "... ", reason)
 
 
 def _run(folder: Path, told: Told) -> Result:
