@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.markup import escape
 from ftrun import config, launcher, record
 from ftrun.display import print_line
 from ftrun.errors import ConfigError, Problem
+from ftrun.failures import Failures
 from ftrun.hardware import Device, Hardware
 from ftrun.pool import fork_server
 from ftrun.pool_display import PoolDisplay
@@ -67,7 +67,6 @@ class Tasks:
         """What it was told while it worked."""
 
         self._address, self._num_cpus = address, num_cpus
-        self._max_failures = max_failures
         self._on_end = on_end
         self._tasks: dict[Any, Path] = {}
         self._elsewhere: dict[Path, str] = {}
@@ -81,8 +80,7 @@ class Tasks:
         self._is_over = False
         """Whether runs were left undone."""
 
-        self._failures: Counter[str] = Counter()
-        self._completed = 0
+        self._failures = Failures(max_failures)
 
     def work(self, folders: Sequence[Path]) -> bool:
         """Bring the runs in these folders to their end, or, once told to stop, to a checkpoint.
@@ -204,25 +202,18 @@ class Tasks:
             self._cancelled, self._is_over = self._cancelled + 1, True
             for task in self._tasks:
                 ray.cancel(task)
-        repeated = max(self._failures.values(), default=0)
-        if self._max_failures is None or self._completed or repeated < self._max_failures or self._is_over:
+        if self._is_over or not (reason := self._failures.too_many):
             return
         waiting = [task for task, folder in self._tasks.items() if Result.load(folder).status is not Status.running]
         if waiting:
             self._is_over = True
             for task in waiting:
                 ray.cancel(task)
-            kind = self._failures.most_common(1)[0][0]
-            display.line(
-                f"[red]stopped[/] after {repeated} failures of one kind, none completed: {escape(kind)} "
-                f"(hydra.launcher.max_failures); {len(waiting)} jobs were not started"
-            )
+            display.line(f"[red]stopped:[/] {escape(reason)}; {len(waiting)} jobs were not started")
 
     def _over(self, result: Result, display: PoolDisplay) -> None:
         """Note how a run ended."""
-        if result.status is Status.failed:
-            self._failures[record.kind_of(result.reason)] += 1
-        self._completed += result.status in (Status.completed, Status.paused)
+        self._failures.note(result.status, result.reason)
         display.ended(result)
 
 

@@ -11,12 +11,15 @@ import os
 import signal
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.markup import escape
+
 from ftrun import config, events, forkserver, launch, processes, record
+from ftrun.failures import Failures
 from ftrun.hardware import Device, Hardware
 from ftrun.launcher import failed
 from ftrun.pool_display import PoolDisplay
@@ -60,11 +63,9 @@ class Pool:
         """What it was told while it worked."""
 
         self._on_cpu, self._on_each = on_cpu, on_each
-        self._max_failures = max_failures
         self._on_end = on_end
         self._slots: dict[Device, Slots] = {}
-        self._failures: Counter[str] = Counter()
-        self._completed = 0
+        self._failures = Failures(max_failures)
 
     def work(self, folders: Sequence[Path]) -> bool:
         """Bring the runs in these folders to their end, or, once told to stop, to a checkpoint.
@@ -90,19 +91,15 @@ class Pool:
                 display.refresh()
                 time.sleep(0 if ended else _POLL_SECONDS)
             if waiting and signals.told is None:
-                kind, count = self._failures.most_common(1)[0]
                 display.line(
-                    f"[red]stopped[/] after {count} failures of one kind, none completed: {kind} "
-                    f"(hydra.launcher.max_failures); {len(waiting)} jobs were not started"
+                    f"[red]stopped:[/] {escape(self._failures.too_many)}; {len(waiting)} jobs were not started"
                 )
             self.told = signals.told
             return not waiting and self.told is None
 
     def _is_over(self, signals: Signals) -> bool:
         """Tell whether nothing more is to be started."""
-        repeated = max(self._failures.values(), default=0)
-        too_many = self._max_failures is not None and not self._completed and repeated >= self._max_failures
-        return signals.told is not None or too_many
+        return signals.told is not None or bool(self._failures.too_many)
 
     def _start(self, waiting: deque[Path], running: list[Attempt], signals: Signals, display: PoolDisplay) -> None:
         """Start what there is room for, first come first served."""
@@ -195,9 +192,7 @@ class Pool:
 
     def _over(self, result: Result, display: PoolDisplay) -> None:
         """Note how a run ended."""
-        if result.status is Status.failed:
-            self._failures[record.kind_of(result.reason)] += 1
-        self._completed += result.status in (Status.completed, Status.paused)
+        self._failures.note(result.status, result.reason)
         display.ended(result)
 
 

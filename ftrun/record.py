@@ -177,11 +177,6 @@ class Result:
         return [Problem(**problem) for problem in self.problems]
 
 
-def kind_of(reason: str) -> str:
-    """Return why a run failed without the numbers and paths, in which runs that fail in one way differ."""
-    return re.sub(r"(\S*[\d/]\S*\s*)+", "... ", reason.split("\n")[0])
-
-
 @dataclass(frozen=True)
 class Pause:
     """Where a run is to stop and wait, with an evaluation and a checkpoint (``pause.json``): a rung of a sweep.

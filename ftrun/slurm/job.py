@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from ftrun import record
+from ftrun.failures import Failures
 from ftrun.record import EXIT_CODES, Result, Status
 from ftrun.slurm import cluster, last_word
 from ftrun.slurm.cluster import Element, SlurmError
@@ -84,18 +85,16 @@ def _is_held(folder: Path) -> bool:
 
 def _is_stopped(submission: Submission) -> bool:
     """Tell whether too many of the others have failed for one reason; if so, the rest does not start either."""
-    stop, most = submission.file(".stop"), submission.max_failures
+    stop = submission.file(".stop")
     if stop.exists():
         return True
-    ended = record.read_lines(submission.file(".ended"))
-    reasons = [record.kind_of(line["reason"]) for line in ended if line["status"] == Status.failed]
-    done = any(line["status"] in (Status.completed, Status.paused) for line in ended)
-    worst = max(reasons, key=reasons.count, default="")
-    if most is None or done or reasons.count(worst) < most:
+    failures = Failures(submission.max_failures)
+    for line in record.read_lines(submission.file(".ended")):
+        failures.note(Status(line["status"]), line["reason"])
+    if not (text := failures.too_many):
         return False
-    text = f"{reasons.count(worst)} runs failed for one reason and none completed: {worst}"
     record.write_whole(stop, text + "\n")
-    _say(f"{text}; hydra.launcher.max_failures={most} stops the others")
+    _say(f"the others are stopped: {text}")
     try:
         cluster.cancel_waiting(os.environ["SLURM_ARRAY_JOB_ID"])
     except SlurmError as error:  # each of them will read it

@@ -136,16 +136,19 @@ def _draw(panels: _Panels, name: str, file: Path) -> None:
     rows = -(-len(panels) // columns)
     width, height = (7.0, 4.0) if len(panels) == 1 else (5.0 * columns, 3.0 * rows)
     figure = Figure(figsize=(width, height))
-    # A layout that finds the margins itself would draw everything twice, which takes as long as many a short run.
+    # Pictures take as long as many a short run. So there are few labels, and nothing looks for its place by itself:
+    # margins and titles would by laying out all that is drawn once more.
     margins = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": 0.6 / height, "top": 1 - 0.8 / height}
-    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=margins | {"wspace": 0.25, "hspace": 0.5})
-    for unused in axes.flat[len(panels) :]:
-        unused.remove()
-    for panel, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+    grid = figure.add_gridspec(rows, columns, wspace=0.25, hspace=0.5, **margins)
+    for number, (title, curves) in enumerate(panels.items()):
+        panel = figure.add_subplot(grid[number])
         for label, points in curves.items():
             panel.plot(*zip(*points, strict=True), label=label, lw=1.5, marker="o" if len(points) < 20 else None)
-        panel.set(xlabel="step", title=title)
+        panel.set_xlabel("step")
+        panel.set_title(title, y=1.0)
+        panel.locator_params(nbins=5)
         panel.grid(alpha=0.3)
-        panel.legend()
+        if [*curves] != [title]:
+            panel.legend()
     figure.suptitle(name)
     FigureCanvasAgg(figure).print_figure(file, dpi=120)
