@@ -213,7 +213,8 @@ def test_jobs_that_all_fail_alike_end_the_sweep(sweep, write, tmp_path):
     words = ("seed=range(1,7)", "hydra.launcher.slots=1", "hydra.launcher.max_failures=2", "output_dir=sweep")
     text = ended(sweep(*words))
     assert text.startswith("exit code 1"), text
-    assert "stopped: 2 jobs failed for one reason, none completed: RuntimeError: in a bad mood" in " ".join(text.split())
+    reason = "2 jobs failed for one reason, none completed: RuntimeError: in a bad mood"
+    assert f"stopped: {reason}" in " ".join(text.split())
     statuses = sorted(str(result.status) for result in results(tmp_path / "sweep").values())
     assert statuses == ["failed"] * 2 + ["queued"] * 4
 
