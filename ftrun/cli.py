@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ftrun
-from ftrun.errors import ConfigError, FtrunError, Problem
+from ftrun.errors import ConfigError, FtrunError, Problem, RunFailed
 
 if TYPE_CHECKING:
     from ftrun.sweep.run import Sweep
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ftrun list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:  # a disk that is full, a folder that may not be written to
+        where = f"{error.filename}: " if error.filename else ""
+        _show_error(RunFailed(f"{where}{error.strerror or error}"))
+        return RunFailed.exit_code
 
 
 def _check_here() -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import ConfigError, Problem
+from ftrun.record import Holder
 
 VARIABLE = "FTRUN_FORK_SERVER"
 """Environment variable by which a driver finds the server."""
@@ -49,18 +50,30 @@ class Forked:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._stream = connection.makefile("r")
-        self.pid = int(json.loads(self._stream.readline())["pid"])
+        if not (line := self._stream.readline()):
+            raise ConnectionError("it ended")
+        self.pid = int(json.loads(line)["pid"])
+        self._process = Holder.of(self.pid)
         self._code: int | None = None
+        self._is_alone = False
 
     def poll(self) -> int | None:
         """Return how the worker ended, if it has."""
-        if self._code is None:
+        if self._is_alone and not self._process.is_alive(0.0):
+            self._code = -signal.SIGKILL
+        if self._code is None and not self._is_alone:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._connection, selectors.EVENT_READ)
                 if selector.select(timeout=0):
-                    line = self._stream.readline()  # empty if the server is gone, and its children with it
-                    self._code = json.loads(line)["code"] if line else -signal.SIGKILL
+                    if line := self._stream.readline():
+                        self._code = json.loads(line)["code"]
+                    else:  # the server is gone, and nobody will say how this child of it ends
+                        self._is_alone = True
         return self._code
+
+
+class ServerGone(ConfigError):
+    """No server answers where one was said to be."""
 
 
 def fork(
@@ -77,17 +90,19 @@ def fork(
         held: Open files that it keeps open as long as it lives.
 
     Raises:
-        ConfigError: No server answers there.
+        ServerGone: No server answers there.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(address)
+        request = {"words": list(words), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
+        socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [out, log, *held])
+        return Forked(connection)
     except OSError as error:
+        connection.close()
         fix = f"start one (`python -m ftrun.forkserver {address} &`), or unset {VARIABLE}"
-        raise ConfigError([Problem(f"${VARIABLE}", f"no server answers at {address}: {error.strerror}", fix)]) from None
-    request = {"words": list(words), "env": dict(os.environ) | env, "cwd": str(Path.cwd())}
-    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [out, log, *held])
-    return Forked(connection)
+        why = f"no server answers at {address}: {error.strerror or error}"
+        raise ServerGone([Problem(f"${VARIABLE}", why, fix)]) from None
 
 
 def start(address: str) -> subprocess.Popen[bytes]:
@@ -99,7 +114,9 @@ def start(address: str) -> subprocess.Popen[bytes]:
     # OpenMP reads its policy when it is loaded, so the server has it for its children.
     policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": policy, "PYTHONSAFEPATH": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "ftrun.forkserver", address], env=env)
+    command = [sys.executable, "-m", "ftrun.forkserver", address, str(os.getpid())]
+    # A session of its own: what Ctrl-C means is for the driver to say.
+    server = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
     while not Path(address).exists():
         if server.poll() is not None:
             raise RuntimeError(f"the fork server ended with exit code {server.returncode}")
@@ -107,9 +124,9 @@ def start(address: str) -> subprocess.Popen[bytes]:
     return server
 
 
-def serve(address: str) -> None:
-    """Import everything, then fork a worker for each request until the parent process ends."""
-    parent = os.getppid()
+def serve(address: str, parent: int | None = None) -> None:
+    """Import everything, then fork a worker for each request until the process that wanted that ends."""
+    parent = parent or os.getppid()
     with _silence():
         for module in PRELOADED:
             importlib.import_module(module)
@@ -166,10 +183,16 @@ class _Server:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        line, (out, log, *held), _, _ = socket.recv_fds(connection, 1 << 20, 2 + _MOST_HELD)
-        while not line.endswith(b"\n"):
-            line += connection.recv(1 << 20)
-        request = json.loads(line)
+        try:
+            line, (out, log, *held), _, _ = socket.recv_fds(connection, 1 << 20, 2 + _MOST_HELD)
+            while not line.endswith(b"\n"):
+                if not (more := connection.recv(1 << 20)):
+                    raise ConnectionError("it has hung up")
+                line += more
+            request = json.loads(line)
+        except (OSError, ValueError):  # a driver that died while it asked: the others go on
+            connection.close()
+            return
         pid = os.fork()
         if pid == 0:
             for inherited in (self._listener, self._wake, self._wakes, connection, *self._children.values()):
@@ -178,7 +201,8 @@ class _Server:
         for received in (out, log, *held):
             os.close(received)
         self._children[pid] = connection
-        connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -223,4 +247,4 @@ def _child(request: dict[str, Any], out: int, log: int, *, fresh: bool) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)

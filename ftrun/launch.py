@@ -60,10 +60,15 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
         raise ConfigError(problems)
     folder = freeze(cfg, overrides)
     (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
-    there.launch([[launcher.override(folder)]], 0)
-    if isinstance(there, launcher.Launcher):
-        there.close()
-    return failing(Result.load(folder))
+    try:
+        there.launch([[launcher.override(folder)]], 0)
+    finally:
+        if isinstance(there, launcher.Launcher):
+            there.close()
+    result = Result.load(folder)
+    if result.status is Status.queued and isinstance(there, launcher.Launcher):
+        result.status = there.told or result.status
+    return failing(result)
 
 
 def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
@@ -78,7 +83,7 @@ def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
     """
     cfg, problems = config.examine(overrides)
     if cfg is not None:
-        problems += [*wrong_on_disk(cfg, to_run=to_run), *(_occupied(cfg) if to_run else ())]
+        problems += [*wrong_on_disk(cfg, to_run=to_run), *(occupied(cfg.output_dir) if to_run else ())]
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
@@ -135,13 +140,14 @@ def resume(folder: Path, changes: Sequence[str] = ()) -> Result:
     return start(folder)
 
 
-def _occupied(cfg: Config) -> Iterator[Problem]:
-    if cfg.output_dir is None:
+def occupied(output_dir: str | None) -> Iterator[Problem]:
+    """Yield why a folder cannot be that of a new run, or of a new sweep."""
+    if output_dir is None:
         return
-    if not cfg.output_dir.strip():
+    if not output_dir.strip():
         yield Problem("output_dir", "has no value", "output_dir=FOLDER, or leave it out")
         return
-    folder = Path(cfg.output_dir).expanduser()
+    folder = Path(output_dir).expanduser()
     try:
         folder.exists()
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
@@ -412,6 +418,8 @@ def how_it_was(folder: Path, code: int, told: Status | None) -> Result:
         told: What they had been told to do.
     """
     result = Result.load(folder)
+    if result.status is Status.running and result.holder != record.Holder.me():
+        return result  # somebody else has come to be at it
     if result.holder:  # nobody said how it ended; the holder may be this process, if no worker came that far
         result.holder = None
         result.status = told or Status.failed

@@ -23,7 +23,7 @@ from ftrun.display import print_line
 from ftrun.errors import ConfigError, Problem
 from ftrun.failures import Failures
 from ftrun.hardware import Device, Hardware
-from ftrun.pool import fork_server
+from ftrun.pool import ForkServer
 from ftrun.pool_display import PoolDisplay
 from ftrun.record import Result, Status
 from ftrun.signals import Signals
@@ -269,7 +269,7 @@ def _cluster(address: str | None, num_cpus: int | None) -> Iterator[None]:
             ray.shutdown()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
-    with fork_server():
+    with ForkServer():
         print_line("[dim]starting Ray[/]")
         try:
             ray.init(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,19 +53,29 @@ class Pool:
     """Brings frozen runs to their end.
 
     Args:
+        server: Forks the workers.
         on_cpu: How many jobs at once share the CPUs.
         on_each: How many jobs at once share an accelerator.
         max_failures: After so many failures of one kind, and nothing completed, no more is started.
         on_end: Called after runs have ended.
     """
 
-    def __init__(self, on_cpu: int, on_each: int, max_failures: int | None, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        server: ForkServer,
+        on_cpu: int,
+        on_each: int,
+        max_failures: int | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._server = server
         self.told: Status | None = None
         """What it was told while it worked."""
 
         self._on_cpu, self._on_each = on_cpu, on_each
         self._on_end = on_end
         self._slots: dict[Device, Slots] = {}
+        self._hardware: dict[Path, Hardware] = {}
         self._failures = Failures(max_failures)
 
     def work(self, folders: Sequence[Path]) -> bool:
@@ -74,6 +85,7 @@ class Pool:
             Whether all of them came to an end.
         """
         with PoolDisplay(folders) as display, Signals(display.stopping) as signals:
+            self._server.ensure()
             waiting, running = deque(folders), list[Attempt]()
             looked = 0.0
             while running or (waiting and not self._is_over(signals)):
@@ -109,7 +121,9 @@ class Pool:
                 running.append(Attempt(folder))
                 display.adopted(folder)
             else:
-                hardware = config.hardware_of(folder / record.RUN)
+                if folder not in self._hardware:  # looked at again and again while a job waits for its slot
+                    self._hardware[folder] = config.hardware_of(folder / record.RUN)
+                hardware = self._hardware[folder]
                 slots = self._slots_of(hardware.device)
                 if (count := hardware.num_processes or 1) > slots.most:
                     reason = f"it needs {count} {hardware.device} devices, and there are {slots.most}"
@@ -136,6 +150,7 @@ class Pool:
         receiver = events.Receiver()
         env = {events.VARIABLE: receiver.address} | slot.env
         try:
+            self._server.ensure()
             process = processes.start(hardware, folder / record.RUN, env=env, held=slot.held)
         except BaseException:
             receiver.close()
@@ -204,19 +219,37 @@ def _silence(folder: Path) -> float:
         return 0.0
 
 
-@contextlib.contextmanager
-def fork_server() -> Iterator[None]:
-    """Have a fork server for the jobs, unless there is one already."""
-    if os.environ.get(forkserver.VARIABLE):
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ftrun-", dir=events.socket_parent()) as folder:
-        address = str(Path(folder) / "server")
-        server = forkserver.start(address)
+class ForkServer:
+    """A fork server for the jobs of this process, unless somebody has given it one already."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ForkServer:
+        self.ensure()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def ensure(self) -> None:
+        """Start it, if there is none, or if it has ended."""
+        is_given = self._folder is None and os.environ.get(forkserver.VARIABLE)
+        if is_given or (self._server and self._server.poll() is None):
+            return
+        self.close()
+        self._folder = tempfile.TemporaryDirectory(prefix="ftrun-", dir=events.socket_parent())
+        address = str(Path(self._folder.name) / "server")
+        self._server = forkserver.start(address)
         os.environ[forkserver.VARIABLE] = address
-        try:
-            yield
-        finally:
-            del os.environ[forkserver.VARIABLE]
-            server.terminate()
-            server.wait()
+
+    def close(self) -> None:
+        """End it; what it has forked goes on."""
+        if self._server:
+            self._server.terminate()
+            self._server.wait()
+        if self._folder:
+            os.environ.pop(forkserver.VARIABLE, None)
+            self._folder.cleanup()
+        self._folder = self._server = None

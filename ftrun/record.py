@@ -85,7 +85,12 @@ class Holder:
     @classmethod
     def me(cls) -> Holder:
         """Return this process."""
-        return cls(host=socket.gethostname(), pid=os.getpid(), started=_start_ticks(os.getpid()))
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Holder:
+        """Return a process of this machine."""
+        return cls(host=socket.gethostname(), pid=pid, started=_start_ticks(pid))
 
     def to_environment(self) -> dict[str, str]:
         """Return the environment variable by which a worker knows who has started it."""

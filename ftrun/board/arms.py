@@ -25,6 +25,8 @@ class Arm:
     """From the best arm, where both have a value."""
 
     verdict: Verdict = Verdict.unknown
+    twin: str = ""
+    """Tells it from another arm with the same point, whose settings were those of an earlier ask or preset."""
 
     @cached_property
     def done(self) -> dict[int | None, float]:
@@ -62,7 +64,8 @@ class Arm:
     @property
     def name(self) -> str:
         """The point as one would type it."""
-        return " ".join(f"{key}={value}" for key, value in self.point.items()) or "all"
+        name = " ".join(f"{key}={value}" for key, value in self.point.items()) or "all"
+        return f"{name} ({self.twin})" if self.twin else name
 
     @cached_property
     def state(self) -> str:
@@ -172,16 +175,20 @@ def board(folder: Path, rows: Sequence[Row]) -> Board:
     """Group jobs into arms and tables, rank the arms, and compare each with the best of its table."""
     names = _objective_names(rows)
     tables: dict[tuple[str, str, bool], Table] = {}
-    arms: dict[tuple[str, str, bool, tuple[tuple[str, str], ...]], Arm] = {}
+    arms: dict[tuple[object, ...], Arm] = {}
     for row in rows:
         key = (row.stage, row.objective_name or names[_ask(row)], row.low_is_good)
         table = tables.setdefault(key, Table(*key))
-        point = (*key, tuple(sorted(row.point.items())))
+        point = (*key, tuple(sorted(row.point.items())), row.arm)
         if point not in arms:
             arms[point] = Arm(row.point, [])
             table.arms.append(arms[point])
         arms[point].rows.append(row)
     for table in tables.values():
+        points = Counter(tuple(sorted(arm.point.items())) for arm in table.arms)
+        for arm in table.arms:
+            if points[tuple(sorted(arm.point.items()))] > 1:
+                arm.twin = f"as job {arm.rows[0].id} is set"
         _rank(table)
     return Board(folder, list(rows), list(tables.values()))
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class Row:
 
     id: int
     folder: Path
+    arm: str = ""
+    """Tells jobs with the same point apart whose other settings differ: see `ftrun.sweep.ledger.Job`."""
+
     point: Mapping[str, str]
     """The keys in which it differs from the others, but for the seed, and their values as they were typed."""
 
@@ -57,7 +60,8 @@ def read(folder: Path) -> list[Row]:
     rows = []
     for job in Ledger(folder).jobs():
         words = [word.lstrip("+").partition("=") for word in job.overrides]
-        rows.append(row(job.folder, {key: value for key, _, value in words if key != "seed"}, job.id))
+        point = {key: value for key, _, value in words if key != "seed"}
+        rows.append(replace(row(job.folder, point, job.id), arm=job.arm))
     return rows
 
 

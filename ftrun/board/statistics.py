@@ -83,9 +83,9 @@ class Difference:
 def paired(first: Mapping[_Group, float], second: Mapping[_Group, float]) -> Difference:
     """Compare two by the seeds that both have, with a 95 % interval of Student's t."""
     both = [first[seed] - second[seed] for seed in first if seed in second]
-    differences = [value for value in both if math.isfinite(value)]
-    if not differences:
-        return Difference(math.nan, None, None, 0)
+    if not both or not all(map(math.isfinite, both)):  # one seed that came to nothing says something of all
+        return Difference(math.nan, None, None, len(both))
+    differences = both
     middle = mean(differences)
     if len(differences) < FEWEST_PAIRS:
         return Difference(middle, None, None, len(differences))

@@ -72,7 +72,7 @@ def cells(table: Table, arm: Arm) -> list[str]:
         duration(arm.wall_seconds),
         size_text(arm.peak_memory_bytes) if arm.peak_memory_bytes else "",
         f"{arm.tokens_per_second:,.0f}" if arm.tokens_per_second else "",
-        arm.state,
+        ", ".join(filter(None, (arm.state, arm.twin))),
     ]
 
 

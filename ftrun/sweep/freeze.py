@@ -18,7 +18,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftrun import compose, config, environment, launch, options
+from ftrun import compose, config, environment, launch, options, record
 from ftrun.config import Config
 from ftrun.errors import ConfigError, Problem
 from ftrun.fields import MISSING
@@ -37,7 +37,7 @@ def _nothing(_: Config) -> Iterable[Problem]:
 
 
 def check(points: Iterable[Point], also: Also = _nothing) -> Iterator[tuple[Point, Config]]:
-    """Yield the config of each point that gives one.
+    """Yield the config of each point that gives one; of those that are the same job, the first.
 
     Args:
         points: What to look at.
@@ -47,8 +47,11 @@ def check(points: Iterable[Point], also: Also = _nothing) -> Iterator[tuple[Poin
         ConfigError: At the end, with everything that is wrong with any of them, once.
     """
     examined = Examined(also)
+    seen = set()
     for point in points:
-        if (cfg := examined.config(point)) is not None:
+        cfg = examined.config(point)
+        if cfg is not None and (key := keys_of(cfg)[0]) not in seen:
+            seen.add(key)
             yield point, cfg
     examined.raise_problems()
 
@@ -66,7 +69,6 @@ def freeze(points: Iterable[Point], ledger: Ledger, slots: int, also: Also = _no
         ConfigError: With everything that is wrong with any of the points; nothing has been frozen then.
     """
     known = {job.key: job for job in ledger.jobs()}
-    taken = {job.folder.name for job in known.values()}
     examined, facts = Examined(also), environment.facts()
     jobs: dict[str, Job] = {}
     made: list[Path] = []
@@ -75,15 +77,13 @@ def freeze(points: Iterable[Point], ledger: Ledger, slots: int, also: Also = _no
             cfg = examined.config(point)
             if cfg is None or examined.problems:
                 continue
-            key = key_of(cfg)
+            key, arm = keys_of(cfg)
             job = jobs.get(key) or known.get(key)
             if job is None:
-                name = _name(point)
-                name = name if name not in taken else f"{name}-{key[:8]}"
-                taken.add(name)
-                job = Job(len(known) + len(made), point.overrides, key, ledger.folder / name)
-                made.append(job.folder)
-            if not (job.folder / "run.yaml").exists():
+                folder = _new_folder(ledger.folder, _name(point), key)
+                job = Job(len(known) + len(made), point.overrides, key, folder, arm)
+                made.append(folder)
+            if not (job.folder / record.RUN).exists():
                 launch.freeze_job(cfg, point.words, job.folder, facts, slots)
             jobs[key] = job
         examined.raise_problems()
@@ -91,23 +91,41 @@ def freeze(points: Iterable[Point], ledger: Ledger, slots: int, also: Also = _no
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    os.sync()  # once for all of them, before anybody is told that they are there
-    if new := [job for job in jobs.values() if job.key not in known]:
-        ledger.add(new)
+    if made:
+        os.sync()  # once for all of them, before anybody is told that they are there
+        ledger.add([job for job in jobs.values() if job.key not in known])
     return list(jobs.values())
 
 
-def key_of(cfg: Config) -> str:
-    """Return what tells a job from others: the hash of its config, before anything of this machine is in it."""
+def _new_folder(parent: Path, name: str, key: str) -> Path:
+    """Return a folder for a job that is not known yet, which is nobody else's."""
+    for folder in (parent / name, parent / f"{name}-{key[:8]}", parent / f"{name}-{key}"):
+        if record.is_run(folder) and not (folder / record.RESULT).exists():
+            shutil.rmtree(folder)  # left over from a driver that was killed before it had frozen everything
+        if not folder.exists():
+            return folder
+    message = "holds something that this sweep knows nothing of"
+    raise ConfigError([Problem(str(parent / name), message, "another output_dir, or move it away")])
+
+
+def keys_of(cfg: Config) -> tuple[str, str]:
+    """Return what tells a job, and what tells its arm, from others.
+
+    Both are hashes of its config before anything of this machine is in it; that of the arm leaves out the seed.
+    """
     plain = cfg.plain() | {"output_dir": None}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    texts = (json.dumps(each, sort_keys=True) for each in (plain, plain | {"seed": None}))
+    job, arm = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+    return job, arm
 
 
 def _name(point: Point) -> str:
     """Return the name of a job's folder, which says what it is."""
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(point.overrides)) or "all"
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if len(name) <= 100 else f"{name[:90]}-{digest}"
+    if len(name.encode()) <= 100:
+        return name
+    short = name.encode()[:90].decode(errors="ignore")
+    return f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 class Examined:
@@ -157,7 +175,8 @@ class Examined:
         node, problems = compose.compose_tree(point.words, Config)
         if node is None:
             return None, problems
-        if not problems:
+        # Keys that point at others take their values when the tree is read: such a tree is composed for each point.
+        if not problems and "${" not in OmegaConf.to_yaml(node):
             self._trees[shape] = node, cast(Config, OmegaConf.to_object(node))
         cfg, found = config.judge(node, point.words)
         return cfg, [*problems, *found]

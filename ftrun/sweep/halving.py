@@ -115,10 +115,9 @@ class Halving:
 
 def arms(jobs: Iterable[Job]) -> list[list[Path]]:
     """Group jobs that differ in nothing but the seed."""
-    found: dict[tuple[str, ...], list[Path]] = {}
+    found: dict[tuple[object, ...], list[Path]] = {}
     for job in jobs:
-        point = tuple(word for word in job.overrides if not word.startswith("seed="))
-        found.setdefault(point, []).append(job.folder)
+        found.setdefault(job.group, []).append(job.folder)
     return list(found.values())
 
 

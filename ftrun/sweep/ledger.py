@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -39,6 +40,14 @@ class Job:
     """Hash of its config, the folder left out: jobs with the same key are the same job."""
 
     folder: Path
+
+    arm: str = ""
+    """Hash of its config, folder and seed left out: jobs with the same are compared as one."""
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What it has in common with the jobs that differ from it in nothing but the seed."""
+        return (*(word for word in self.overrides if not word.lstrip("+").startswith("seed=")), self.arm)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,10 @@ class Ledger:
     def jobs(self) -> list[Job]:
         """Return the jobs, in the order in which they were frozen."""
         lines = record.read_lines(self.folder / JOBS)
-        return [Job(line["id"], tuple(line["overrides"]), line["key"], self.folder / line["folder"]) for line in lines]
+        return [
+            Job(line["id"], tuple(line["overrides"]), line["key"], self.folder / line["folder"], line.get("arm", ""))
+            for line in lines
+        ]
 
     def add(self, jobs: Sequence[Job]) -> None:
         """Append jobs in a single write: all of them are there afterwards, or none."""
@@ -79,6 +91,8 @@ class Ledger:
         record.mend_last_line(self.folder / JOBS)
         with (self.folder / JOBS).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
 
     def asks(self) -> list[Ask]:
         """Return what was asked for, oldest first."""
@@ -112,6 +126,8 @@ class Ledger:
         except OSError as error:
             message = f"{self.folder} cannot be made: {error.strerror}"
             raise ConfigError([Problem("output_dir", message, "another folder")]) from None
+        if not os.access(self.folder, os.W_OK):
+            raise ConfigError([Problem(str(self.folder), "may not be written to", "another folder")])
         with (self.folder / DRIVER).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,6 +67,10 @@ def grid(words: Sequence[str]) -> Grid:
             axes.append(values)
         else:
             fixed.append(word)
+    keys = [word.lstrip("+").partition("=")[0] for word in words]
+    for key in sorted({axis[0].partition("=")[0] for axis in axes}):
+        if (times := keys.count(key)) > 1:
+            raise ConfigError([Problem(key, f"is typed {times} times", f"{key}=VALUE,VALUE once")])
     count = math.prod(len(axis) for axis in axes)
     if count > MOST_POINTS:
         known = "at least " if any(len(axis) == _MOST_VALUES for axis in axes) else ""

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftrun import board, compose, estimate, keep, launcher
+from ftrun import board, compose, estimate, keep, launch, launcher
 from ftrun.config import Config
 from ftrun.display import console, size_text
 from ftrun.errors import ConfigError, Problem
 from ftrun.record import Pause, Result, Rung, Status
 from ftrun.sweep import freeze, points
-from ftrun.sweep.ledger import Ask, Job, Ledger
+from ftrun.sweep.ledger import DRIVER, Ask, Job, Ledger
 from ftrun.sweep.points import Point, parse
 from ftrun.sweeper import Sweeper
 from ftrun.words import apart
@@ -119,13 +119,14 @@ class Sweep:
         self._ask = ask
         self._tried: set[Path] = set()
         self._note_after = 0.0
+        self._told: Status | None = None
         if isinstance(self.launcher, launcher.Launcher):
             self.launcher.on_end = self.note
 
     @property
     def told(self) -> Status | None:
         """What it was told while it ran, if anything: what ended it early."""
-        return self.launcher.told if isinstance(self.launcher, launcher.Launcher) else None
+        return self._told or (self.launcher.told if isinstance(self.launcher, launcher.Launcher) else None)
 
     def freeze(self, wanted: Iterable[Point]) -> list[Job]:
         """Return the job of each point, frozen if it is not known yet.
@@ -151,7 +152,8 @@ class Sweep:
             done, self._tried = len(self._tried), self._tried | set(todo)
             try:
                 self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
-            except KeyboardInterrupt:  # of a launcher that is not ftrun's
+            except KeyboardInterrupt:  # of a launcher that is not ftrun's, or before it looked after signals
+                self._told = Status.interrupted
                 raise Stopped from None
         if isinstance(self.launcher, launcher.Launcher) and self.launcher.is_stopped:
             raise Stopped
@@ -185,9 +187,13 @@ class Sweep:
             console.print(text, soft_wrap=True)
 
 
+def _is_folder(word: str) -> bool:
+    return word.lstrip("+").startswith("output_dir=")
+
+
 def _without_folder(words: Sequence[str]) -> list[str]:
     """Return the words but those that say where the sweep's folder is."""
-    return [word for word in words if not word.startswith("output_dir=")]
+    return [word for word in words if not _is_folder(word)]
 
 
 def _title(words: Sequence[str]) -> str:
@@ -197,12 +203,18 @@ def _title(words: Sequence[str]) -> str:
 
 def _folder(sweeper: Sweeper, words: Sequence[str], title: str) -> Path:
     """Return where a sweep's folder is."""
-    given = [override for word in words if word.startswith("output_dir=") if (override := parse(word))]
+    given = [override for word in words if _is_folder(word) and (override := parse(word))]
     if any(override.is_sweep_override() for override in given):
         message = "is the folder of the whole sweep, and not swept"
         raise ConfigError([Problem("output_dir", message, "output_dir=FOLDER")])
-    default = Path("outputs", "sweeps", _name(sweeper, _without_folder(words), title))
-    return Path(str(given[-1].value()) if given else default).expanduser().resolve()
+    if given and given[-1].value() is not None:
+        folder = Path(str(given[-1].value())).expanduser()
+        if folder.is_dir() and (folder / DRIVER).exists():  # one that has been begun
+            return folder.resolve()
+        if problems := list(launch.occupied(str(given[-1].value()))):
+            raise ConfigError(problems)
+        return folder.resolve()
+    return Path("outputs", "sweeps", _name(sweeper, _without_folder(words), title)).resolve()
 
 
 def _name(sweeper: Sweeper, words: Sequence[str], title: str) -> str:

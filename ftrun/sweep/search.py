@@ -23,7 +23,7 @@ from ftrun import config, options, plugin
 from ftrun.config import Config
 from ftrun.display import console
 from ftrun.errors import ConfigError, Problem
-from ftrun.record import Result, Status
+from ftrun.record import PAUSE, Result, Status
 from ftrun.sweep import points
 from ftrun.sweep.halving import Halving, values_so_far
 from ftrun.sweep.ledger import Job
@@ -346,7 +346,10 @@ class Search:
         if self._plan.halving.eta is not None:
             self._plan.halving.run(arms, self._work, is_max=self._plan.is_max, seen=others)
         elif arms:
-            self._work([folder for arm in arms for folder in arm])
+            folders = [folder for arm in arms for folder in arm]
+            for folder in folders:
+                (folder / PAUSE).unlink(missing_ok=True)  # of a time with halving
+            self._work(folders)
 
     def _is_told(self, study: Child, trial: Trial) -> bool:
         """Tell what a trial has come to, if its runs are as far as they are to go."""

@@ -93,7 +93,7 @@ def _is_paused(folder: Path) -> bool:
 
 def _another_failed(folder: Path) -> bool:
     """Tell whether another process of the run has said that it failed; the launcher then ends this one."""
-    return Result.load(folder).status is Status.failed
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and Result.load(folder).status is Status.failed
 
 
 def _work(run_file: Path, task: str | None, options: str, held: _Held | None) -> Result:

@@ -74,7 +74,6 @@ def test_the_ends_of_each_key_are_tried_beforehand():
         ("adapter.rank=tag(log,range(1,9))", "only an interval"),
         ("optimizer=interval(0,1)", "takes options, and not numbers"),
         ("seed=interval(0,9)", "judged by their mean"),
-        ("output_dir=a,b", "folder of the whole sweep"),
     ],
 )
 def test_a_wrong_word_is_refused(word, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ftrun import record
 from ftrun.launcher import register
 from ftrun.sweeper import Sweeper, SweeperSettings
 
@@ -32,6 +33,8 @@ class Grid(Sweeper):
         """Freeze every combination, and bring all of them to their end."""
         jobs = sweep.ledger.jobs() if sweep.is_resumed else sweep.freeze(self.points(words))
         if self.settings.halving.eta is None:
+            for job in jobs:
+                (job.folder / record.PAUSE).unlink(missing_ok=True)  # of a time with halving
             sweep.work([job.folder for job in jobs])
             return
         from ftrun.sweep import halving

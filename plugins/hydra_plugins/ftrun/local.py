@@ -3,7 +3,6 @@
 No annotations from the future here: Hydra runs this file before dataclasses could look up what they mean.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,21 +33,22 @@ class Local(Launcher):
         from ftrun.hardware import usable_cpus
 
         super().setup(**given)
-        self._server = contextlib.ExitStack()
+        self._server: Any = None
         self.slots = self.settings.slots or max(1, usable_cpus() // 4)
 
     def work(self, folders: Sequence[Path]) -> None:
         """Bring jobs to their end, each in processes of its own."""
-        from ftrun.pool import Pool, fork_server
+        from ftrun.pool import ForkServer, Pool
 
-        self._server.enter_context(fork_server())  # from the second batch on, it is there
-        pool = Pool(self.slots, self.settings.slots or 1, self.settings.max_failures, self.on_end)
+        self._server = self._server or ForkServer()  # from the second batch on, it is there
+        pool = Pool(self._server, self.slots, self.settings.slots or 1, self.settings.max_failures, self.on_end)
         self.is_stopped = not pool.work(folders)
         self.told = pool.told
 
     def close(self) -> None:
         """End the fork server."""
-        self._server.close()
+        if self._server:
+            self._server.close()
 
 
 register("hydra/launcher", "local", Local, LocalSettings)
