@@ -25,7 +25,7 @@ from ftrun.fields import MISSING
 from ftrun.sweep.ledger import Job, Ledger
 from ftrun.sweep.points import Point, parse
 
-_REPEATED = 20
+_REPEATED = 6
 """After so many points that are wrong in ways that are known, the others are not looked at."""
 
 
