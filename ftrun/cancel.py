@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ftrun import record
@@ -42,26 +42,27 @@ def cancel(folder: Path) -> int:
     if not runs and not (folder / ledger.DRIVER).exists():
         raise ConfigError([Problem(str(folder), "holds no run and no sweep", "`ftrun runs` lists them")])
     running = {run for run in runs if Result.load(run).status is Status.running}
-    if driver := Ledger(folder).driver():  # first: it would start others
-        _tell(driver, folder)
+    problems: list[Problem] = []
+    for sweep in {folder, *(run.parent for run in runs)}:
+        if driver := Ledger(sweep).driver():  # first: it would start others
+            problems += _tell(driver, sweep)
     told = _cancel_in_slurm(runs)
     here = running - told
     for run in here:
         result = Result.load(run)
         if result.status is Status.running and result.holder:
-            _tell(result.holder, run)
+            problems += _tell(result.holder, run)
+    if problems:
+        raise ConfigError(problems)
     return len(told | here)
 
 
-def _tell(holder: Holder, folder: Path) -> None:
-    """Send a process what Ctrl-C sends, and wait until it is gone.
-
-    Raises:
-        ConfigError: It is on another machine.
-    """
+def _tell(holder: Holder, folder: Path) -> Iterator[Problem]:
+    """Send a process what Ctrl-C sends, and wait until it is gone; yield a problem if it is on another machine."""
     if holder.host != socket.gethostname():
         message = f"process {holder.pid} on {holder.host} is at it, which no signal from here reaches"
-        raise ConfigError([Problem(str(folder), message, f"`ftrun cancel {folder}` on {holder.host}")])
+        yield Problem(str(folder), message, f"`ftrun cancel {folder}` on {holder.host}")
+        return
     send(holder.pid, signal.SIGINT)
     until = time.monotonic() + _SAVING_SECONDS
     while holder.is_alive(0.0) and time.monotonic() < until:

@@ -104,12 +104,13 @@ def _conclude(sweep: Sweep) -> int:
 
 def _resume(words: list[str]) -> int:
     from ftrun import launch, summary
+    from ftrun import words as typed
     from ftrun.sweep import ledger
 
     parser = _parser("resume", "Go on with a run or a sweep that was stopped, from the newest checkpoints.")
     parser.add_argument("folder", type=Path, help="the folder of the run or the sweep")
     parser.add_argument(_RETRY, action="store_true", help="of a sweep, the jobs that have failed, too")
-    about = "of a run: hardware.*, train.micro_batch_size, train.grad_accumulation"
+    about = "of a run: hardware.*, train.micro_batch_size, train.grad_accumulation, hydra/launcher"
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help=about)
     asked = parser.parse_intermixed_args(words)
     if ledger.is_sweep(asked.folder) or (asked.folder / ledger.DRIVER).exists():
@@ -121,7 +122,8 @@ def _resume(words: list[str]) -> int:
         return _conclude(run.resume(asked.folder, retry_failed=asked.retry_failed))
     if asked.retry_failed:
         raise ConfigError([Problem(_RETRY, "is about a sweep; a run is tried again anyway", "leave it out")])
-    return summary.conclude(launch.resume(asked.folder, asked.changes))
+    where, changes = typed.apart(asked.changes)
+    return summary.conclude(launch.resume(asked.folder, changes, where))
 
 
 def _show(words: list[str]) -> int:
@@ -143,9 +145,7 @@ def _check(words: list[str]) -> int:
     if multirun := _without_multirun(overrides):
         return _check_sweep(multirun, is_quick=is_quick, probe=probe)
     where, overrides = typed.apart(overrides)
-    if where:
-        compose.launcher_alone(where)
-    cfg = launch.check(overrides)
+    cfg = launch.check(overrides, there=compose.launcher_alone(where) if where else None)
     if not is_quick:
         from ftrun import estimate
 

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ftrun import plugin
 from ftrun.errors import ConfigError, Problem
-from ftrun.fields import ranged
+from ftrun.fields import out_of_range, ranged
 from ftrun.model import Dtype
 from ftrun.train import BadLoss, Precision, Train
 
@@ -183,6 +183,7 @@ class Hardware:
             from ftrun import accelerate
 
             yield from accelerate.take_over(self, train)
+            yield from out_of_range(self, "hardware.")
         yield from self._unread()
         yield from self._offloads()
         yield from self._with_deepspeed(train)
@@ -297,6 +298,7 @@ def settle(hardware: Hardware, train: Train, stored: Dtype = Dtype.auto) -> None
     Raises:
         ConfigError: What was left to this machine turns out not to go together.
     """
+    hardware.accelerate_config = None  # it has been taken over
     found = find(hardware.device)
     hardware.device = found.device
     hardware.num_processes = hardware.num_processes or max(1, len(found.names))
@@ -309,13 +311,26 @@ def settle(hardware: Hardware, train: Train, stored: Dtype = Dtype.auto) -> None
         raise ConfigError(problems)
 
 
+LIMITS = ("memory_gb", "minutes")
+"""What a cluster is asked for, and nothing else looks at."""
+
+
+def unread_limits(hardware: Hardware, read: Sequence[str] = ()) -> Iterator[Problem]:
+    """Yield the limits that nobody would look at where a run is to be started."""
+    for name in LIMITS:
+        if name not in read and getattr(hardware, name) is not None:
+            message = "is a limit for a cluster to keep, and nothing here would keep it"
+            yield Problem(f"hardware.{name}", message, "hydra/launcher=slurm, or leave it out")
+
+
 def default_threads(num_processes: int, cpus: int | None = None) -> int:
     """Return the CPU threads each process gets where nothing is said, of those that a run has or this process may use.
 
     Example:
         ``default_threads(2, cpus=8)`` is 4.
     """
-    if (set_by_user := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+    set_by_user = os.environ.get("OMP_NUM_THREADS", "")
+    if cpus is None and set_by_user.isdigit():
         return max(1, int(set_by_user))
     return max(1, (cpus or usable_cpus()) // num_processes)
 

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ftrun
 from ftrun import config, environment, events, hardware, model, processes, record
@@ -29,6 +29,9 @@ from ftrun.errors import ConfigError, Problem, RunFailed
 from ftrun.record import Result, Status
 from ftrun.signals import Signals
 from ftrun.slurm import submission
+
+if TYPE_CHECKING:
+    from hydra.plugins.launcher import Launcher as HydraLauncher
 
 
 def run(overrides: Sequence[str]) -> Result:
@@ -52,14 +55,18 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
         ConfigError: The input is wrong; with everything that is.
         RunFailed: The run failed.
     """
-    from ftrun import compose, launcher
+    from ftrun import compose
 
     there = compose.launcher_alone(where)
-    cfg = check(overrides)
-    if isinstance(there, launcher.Launcher) and (problems := list(there.check(cfg))):
-        raise ConfigError(problems)
-    folder = freeze(cfg, overrides)
+    folder = freeze(check(overrides, there=there), overrides)
     (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
+    return _bring(folder, there)
+
+
+def _bring(folder: Path, there: HydraLauncher) -> Result:
+    """Have a launcher bring a frozen run to its end."""
+    from ftrun import launcher
+
     try:
         there.launch([[launcher.override(folder)]], 0)
     finally:
@@ -71,19 +78,26 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
     return failing(result)
 
 
-def check(overrides: Sequence[str], *, to_run: bool = True) -> Config:
+def check(overrides: Sequence[str], *, to_run: bool = True, there: HydraLauncher | None = None) -> Config:
     """Compose a config, and look at what it names on this machine's disk: model, first rows, the run's folder.
 
     Args:
         overrides: What was typed.
         to_run: Whether a run is to start from it, which needs a folder of its own.
+        there: The launcher that is to start it, if that is not this process.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
+    from ftrun import launcher
+
     cfg, problems = config.examine(overrides)
     if cfg is not None:
         problems += [*wrong_on_disk(cfg, to_run=to_run), *(occupied(cfg.output_dir) if to_run else ())]
+        if isinstance(there, launcher.Launcher):
+            problems += there.check(cfg)
+        elif to_run and there is None:
+            problems += hardware.unread_limits(cfg.hardware)
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
@@ -100,12 +114,13 @@ def wrong_on_disk(cfg: Config, *, to_run: bool = True) -> list[Problem]:
     return [*model.check(cfg.model, weights=to_run), *of_options, *(check_rows(cfg) if cfg.stage.rows else ())]
 
 
-def resume(folder: Path, changes: Sequence[str] = ()) -> Result:
+def resume(folder: Path, changes: Sequence[str] = (), where: Sequence[str] = ()) -> Result:
     """Go on with a run from its newest checkpoint, or from its beginning if it has none.
 
     Args:
         folder: The run's.
-        changes: Words that change where it goes on; see `ftrun.config.changed`.
+        changes: Words that change on what it goes on; see `ftrun.config.changed`.
+        where: What was typed of the launcher, if another than this process is to start it.
 
     Raises:
         ConfigError: There is no run, it is done, or somebody else is at it.
@@ -136,8 +151,14 @@ def resume(folder: Path, changes: Sequence[str] = ()) -> Result:
                 ]
             )
     if changes:
-        config.changed(folder / record.RUN, changes).save(folder / record.RUN)
-    return start(folder)
+        cfg = config.changed(folder / record.RUN, changes)
+        hardware.settle(cfg.hardware, cfg.train, cfg.model.dtype)
+        cfg.save(folder / record.RUN)
+    if not where:
+        return start(folder)
+    from ftrun import compose
+
+    return _bring(folder.resolve(), compose.launcher_alone(where))
 
 
 def occupied(output_dir: str | None) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from ftrun import fields, record, words
 from ftrun.errors import ConfigError, FtrunError, Problem, RunFailed
 from ftrun.fields import MISSING
+from ftrun.hardware import unread_limits
 from ftrun.record import Holder, Result, Status
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ class Launcher(HydraLauncher):
     has_nodes: ClassVar[bool] = False
     """Whether it can start one run on several machines."""
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Which limits of `ftrun.hardware.LIMITS` it asks for."""
+
     slots: int = 1
     """How many jobs share this machine's CPUs."""
 
@@ -104,6 +108,7 @@ class Launcher(HydraLauncher):
         if cfg.hardware.num_nodes > 1 and not self.has_nodes:
             message = f"{cfg.hardware.num_nodes} machines are no matter for this launcher, which starts a run on one"
             yield Problem("hardware.num_nodes", message, "hydra/launcher=slurm")
+        yield from unread_limits(cfg.hardware, self.reads)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Bring each job to its end, or as far as the launcher goes."""

@@ -263,7 +263,7 @@ def claim(folder: Path, *, after: Holder | None = None) -> None:
     Raises:
         Held: Another process holds it.
     """
-    with (folder / RUN).open("rb") as lock:
+    with (folder / RUN).open("r+b") as lock:  # for writing: NFS locks no other
         with contextlib.suppress(OSError):  # a file system without locks, on which two at the same moment are not seen
             fcntl.flock(lock, fcntl.LOCK_EX)
         result, me = Result.load(folder), Holder.me()

@@ -8,6 +8,7 @@ it, and one that was cancelled must not come back. A run that is done is not don
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -59,7 +60,8 @@ def do(list_file: str, index: int, told: Told) -> int:
     if result.status is Status.preempted:
         result = _make_room(folder, me, step, told)
     _say(f"{result.status} after step {result.step}{': ' if result.reason else ''}{result.reason}")
-    record.append_line(submission.file(".ended"), {"status": result.status, "reason": result.reason.split("\n")[0]})
+    ended = {"status": result.status, "reason": result.reason.split("\n")[0]}
+    record.write_whole(submission.file(f"-{index}.ended"), json.dumps(ended) + "\n")
     return EXIT_CODES[result.status]
 
 
@@ -88,9 +90,12 @@ def _is_stopped(submission: Submission) -> bool:
     stop = submission.file(".stop")
     if stop.exists():
         return True
+    if submission.max_failures is None:
+        return False
     failures = Failures(submission.max_failures)
-    for line in record.read_lines(submission.file(".ended")):
-        failures.note(Status(line["status"]), line["reason"])
+    for file in stop.parent.glob(f"{submission.name}-*.ended"):
+        ended = json.loads(file.read_text())
+        failures.note(Status(ended["status"]), ended["reason"])
     if not (text := failures.too_many):
         return False
     record.write_whole(stop, text + "\n")
@@ -106,7 +111,7 @@ def _run(folder: Path, told: Told) -> Result:
     """Do a run on the nodes of the job, and return how it went."""
     if told.numbers:
         return last_word.write(folder, Status.preempted, "")
-    command = ["srun", "--mpi=none", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_places()]
+    command = ["srun", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_places()]
     command += [sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
     process = subprocess.Popen(command, env=os.environ | _meeting(), stdin=subprocess.DEVNULL, start_new_session=True)
     is_passed_on = False
@@ -161,21 +166,33 @@ def _saved_step(folder: Path) -> int:
 
 def _make_room(folder: Path, me: Element, step_before: int, told: Told) -> Result:
     """See to it that a run that has saved and stopped goes on later, and return how it stands."""
+    for attempt in range(_ATTEMPTS):  # a controller that is being started again answers a little later
+        try:
+            return _made_room(folder, me, step_before, told)
+        except SlurmError as error:
+            _say(str(error))
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(2.0)
+    return Result.load(folder)
+
+
+def _made_room(folder: Path, me: Element, step_before: int, told: Told) -> Result:
     result = Result.load(folder)
-    try:
-        if cluster.is_ending(me):  # by somebody's will, which it is too late to change
-            if _is_cancelled():
-                result.status, result.reason = Status.interrupted, f"cancelled in SLURM (job {me})"
-                result.save(folder)
-        elif signal.SIGUSR1 in told.numbers and _saved_step(folder) <= step_before:
-            result.status = Status.failed
-            result.reason = "its time limit came before it had taken a step: more hardware.minutes"
+    if cluster.is_ending(me):  # by somebody's will, which it is too late to change
+        if _is_cancelled():
+            result.status, result.reason = Status.interrupted, f"cancelled in SLURM (job {me})"
             result.save(folder)
-        else:
-            cluster.requeue(me)
-    except SlurmError as error:
-        _say(str(error))
+    elif signal.SIGUSR1 in told.numbers and _saved_step(folder) <= step_before:
+        result.status = Status.failed
+        result.reason = "its time limit came before it had taken a step: more hardware.minutes"
+        result.save(folder)
+    else:
+        cluster.requeue(me)
     return result
+
+
+_ATTEMPTS = 5
+"""How often SLURM is asked to start a run again."""
 
 
 def _is_cancelled() -> bool:

@@ -14,6 +14,7 @@ In the sweep's folder (a single run's own) is ``.slurm``, and in it for each arr
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -26,7 +27,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ftrun import record
 from ftrun.errors import ConfigError, Problem
@@ -93,8 +94,11 @@ class Resources:
             yield f"--mem={math.ceil(self.memory_gb * 1024)}M"
         if self.minutes is not None:
             yield f"--time={self.minutes}"
-        if self.accelerators and not any(word.startswith(("--gres", "--gpus")) for word in options):
+        if self.accelerators and not any(word.partition("=")[0] in _ACCELERATORS for word in options):
             yield f"--gpus-per-node={self.accelerators}"
+
+
+_ACCELERATORS = ("--gres", "--gpus", "--gpus-per-node", "--gpus-per-socket", "--gpus-per-task")
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,7 @@ def _numbered(submission: Submission) -> Submission:
     """Return a submission with its number, looked up by its name if its driver died too early to write it down."""
     if submission.job:
         return submission
-    with submission.file(".jsonl").open("rb") as lock:  # the command may be under way still
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(submission):  # the command may be under way still
         submission = Submission.load(submission.file(".json"))
         if submission.job is None and (job := cluster.named(submission.name)):
             submission = Submission(**vars(submission) | {"job": job})
@@ -280,27 +283,44 @@ def _submit(home: Path, runs: Sequence[Path], resources: Resources, terms: Terms
     lines = "".join(json.dumps({"run": os.path.relpath(run, home)}) + "\n" for run in runs)
     record.write_whole(planned.file(".sh"), _script(planned, terms))
     record.write_whole(planned.file(".jsonl"), lines)
-    with planned.file(".jsonl").open("rb") as lock, _Unstarted(runs):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(planned) as lock, _Unstarted(runs):
         planned.save()
         try:
             job = cluster.submit(words, held=[lock.fileno()])
-        except SlurmError:
-            found = _named(name)  # an answer that came too late looks like a refusal
-            if found is None:
-                planned.file(".json").unlink()
-                raise
-            job = found
+        except SlurmError as error:
+            job = _after_all(planned, error)
         submission = Submission(**vars(planned) | {"job": job})
         submission.save()
     return submission
 
 
-def _named(name: str) -> str | None:
+@contextlib.contextmanager
+def _locked(submission: Submission) -> Iterator[IO[bytes]]:
+    """Be the only one at a submission."""
+    with submission.file(".jsonl").open("r+b") as lock:  # for writing: NFS locks no other
+        with contextlib.suppress(OSError):  # a file system without locks, on which two at the same moment are not seen
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+class _Unanswered(SlurmError):
+    """Nobody knows whether SLURM has taken an array."""
+
+
+def _after_all(planned: Submission, refusal: SlurmError) -> str:
+    """Return the number of an array that SLURM seemed to refuse: an answer that comes too late looks like that.
+
+    Raises:
+        SlurmError: It has refused; or it does not answer at all, and the number is looked up when it does.
+    """
     try:
-        return cluster.named(name)
+        job = cluster.named(planned.name)
     except SlurmError:
-        return None
+        raise _Unanswered(f"{refusal}; whether it has taken the jobs it will say later") from None
+    if job is None:
+        planned.file(".json").unlink()
+        raise refusal
+    return job
 
 
 def _script(submission: Submission, terms: Terms) -> str:
@@ -325,9 +345,11 @@ class _Unstarted:
                 self._before[run / record.RESULT] = (run / record.RESULT).read_bytes()
                 (run / record.RESULT).unlink()
 
-    def __exit__(self, error: object, *_: object) -> None:
-        for file, content in self._before.items() if error else ():
-            file.write_bytes(content)
+    def __exit__(self, error: object, raised: object, *_: object) -> None:
+        if error and not isinstance(raised, _Unanswered):
+            for file, content in self._before.items():
+                if not file.exists():
+                    file.write_bytes(content)
 
 
 _KEYS = {

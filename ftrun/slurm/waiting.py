@@ -98,6 +98,8 @@ def settle(run: Path, place: Placed | None) -> Result:
     result = Result.load(run)
     if place is None or _is_final(result):
         return result
+    if result.status is Status.preempted and result.holder is None:
+        return result  # it has saved; only the queue did not take it back
     if result.status is Status.queued and place.submission.file(".stop").exists():
         return result  # nobody has tried it
     state = place.state

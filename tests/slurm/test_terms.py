@@ -190,13 +190,6 @@ def test_what_becomes_of_a_run_that_left_no_word(runs, state, status, reason, mo
     assert json.loads((runs[0] / record.RESULT).read_text())["status"] == status
 
 
-def test_failures_of_one_kind_are_alike_but_for_numbers_and_paths():
-    one = "at step 3 the loss is nan, on the rows /a/b.jsonl:1, /a/b.jsonl:22; a lower optimizer.lr may help"
-    two = "at step 14 the loss is nan, on the rows /a/b.jsonl:7; a lower optimizer.lr may help"
-    assert job._kind(one) == job._kind(two)
-    assert job._kind(one) != job._kind("its process ended with exit code 1 and no word")
-
-
 def test_a_run_that_somebody_else_holds_is_left_alone(runs):
     Result(holder=Holder.me()).save(runs[0])
     assert job._is_held(runs[0])

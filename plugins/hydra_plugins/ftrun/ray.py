@@ -43,6 +43,7 @@ class Ray(Launcher):
     """Jobs as Ray's tasks."""
 
     settings_class = RaySettings
+    reads = ("memory_gb",)
 
     def setup(self, **given: Any) -> None:
         """Read the settings."""

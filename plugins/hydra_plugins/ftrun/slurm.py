@@ -76,9 +76,9 @@ class SlurmSettings(Settings):
             if not flag.startswith("--") or " " in name or not name:
                 fix = "--NAME=VALUE, each an item of the list"
                 yield Problem("hydra.launcher.flags", f"{flag!r} is no long option of sbatch", fix)
-            elif name in _OURS:
-                message = f"--{name} is what ftrun tells sbatch itself"
-                yield Problem("hydra.launcher.flags", message, _OURS[name] or "leave it out")
+            elif ours := next((each for each in _OURS if each.startswith(name)), None):  # sbatch takes beginnings, too
+                message = f"--{ours} is what ftrun tells sbatch itself"
+                yield Problem("hydra.launcher.flags", message, _OURS[ours] or "leave it out")
 
     def options(self) -> tuple[str, ...]:
         """Return the words for sbatch."""
@@ -107,6 +107,7 @@ class Slurm(Launcher):
 
     settings_class = SlurmSettings
     has_nodes = True
+    reads = ("minutes", "memory_gb")
 
     def setup(self, **given: Any) -> None:
         """Read the settings.
@@ -130,7 +131,19 @@ class Slurm(Launcher):
 
     def check(self, cfg: "Config") -> Iterator[Problem]:
         """Yield what it cannot start of a run."""
+        from ftrun import hardware
+        from ftrun.hardware import Device
+        from ftrun.train import Precision
+
         yield from super().check(cfg)
+        device = cfg.hardware.device
+        is_here = device is Device.cpu or bool(hardware.find(device).names)
+        if device is Device.auto and not is_here:
+            message = "auto takes what this machine has, which is no accelerator; the cluster's nodes may have some"
+            yield Problem("hardware.device", message, "hardware.device=cuda, or hardware=cpu")
+        elif not is_here and cfg.train.precision is Precision.auto:
+            message = f"which precision suits the {device} devices of the nodes cannot be seen from this machine"
+            yield Problem("train.precision", message, "train.precision=bf16, or fp16 for old GPUs")
         minutes, seconds = cfg.hardware.minutes, self.settings.signal_seconds
         if minutes is not None and seconds >= 60 * minutes:
             message = f"{seconds} s before a limit of {minutes} minutes is before the run starts"
