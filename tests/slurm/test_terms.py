@@ -10,11 +10,12 @@ import pytest
 
 from ftrun import record
 from ftrun.errors import ConfigError
-from ftrun.hardware import Device, Hardware
+from ftrun.hardware import Device, Found, Hardware, unread_limits
 from ftrun.record import Holder, Result, Status
 from ftrun.slurm import cluster, job, submission, waiting
 from ftrun.slurm.cluster import Element, SlurmError, State
 from ftrun.slurm.submission import Placed, Resources, Submission, Terms
+from ftrun.train import Train
 from hydra_plugins.ftrun.slurm import Slurm, SlurmSettings
 
 
@@ -62,11 +63,28 @@ def test_it_needs_sbatch_and_a_search_must_wait(monkeypatch):
 def test_a_time_limit_must_be_longer_than_the_time_to_save(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     launcher = set_up("hydra_plugins.ftrun.grid.Grid", signal_seconds=120)
-    found = {
-        minutes: [each.key for each in launcher.check(SimpleNamespace(hardware=Hardware(minutes=minutes)))]
-        for minutes in (2, 3)
-    }
-    assert found == {2: ["hydra.launcher.signal_seconds"], 3: []}
+    assert refused(launcher, device=Device.cpu, minutes=2) == ["hydra.launcher.signal_seconds"]
+    assert refused(launcher, device=Device.cpu, minutes=3) == []
+
+
+def refused(launcher, **hardware) -> list[str]:
+    return [each.key for each in launcher.check(SimpleNamespace(hardware=Hardware(**hardware), train=Train()))]
+
+
+def test_what_the_nodes_have_is_not_guessed_from_a_login_node(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    launcher = set_up("hydra_plugins.ftrun.grid.Grid")
+    monkeypatch.setattr("ftrun.hardware.find", lambda device=Device.auto: Found(device))
+    assert refused(launcher) == ["hardware.device"]
+    assert refused(launcher, device=Device.cuda) == ["train.precision"]
+    assert refused(launcher, device=Device.cpu, num_nodes=2, memory_gb=3.0) == []
+
+
+def test_limits_that_nobody_would_keep_are_refused():
+    assert [each.key for each in unread_limits(Hardware(minutes=3, memory_gb=2.0))] == [
+        "hardware.memory_gb", "hardware.minutes",
+    ]  # fmt: skip
+    assert not list(unread_limits(Hardware(minutes=3), ("minutes",)))
 
 
 def words(hardware, *options):
@@ -81,6 +99,7 @@ def test_resources_are_what_hardware_says():
     asked = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--mem=1536M", "--time=90"]
     assert words(gpus) == [*asked, "--gpus-per-node=4"]
     assert words(gpus, "--gres=gpu:a100:4") == asked
+    assert words(gpus, "--gres-flags=enforce-binding") == [*asked, "--gpus-per-node=4"]
 
 
 @pytest.fixture
