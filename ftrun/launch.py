@@ -58,9 +58,7 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
     from ftrun import compose
 
     there = compose.launcher_alone(where)
-    folder = freeze(check(overrides, there=there), overrides)
-    (folder / record.RESULT).unlink()  # nobody is at it until the launcher starts it
-    return _bring(folder, there)
+    return _bring(freeze(check(overrides, there=there), overrides, held=False), there)
 
 
 def _bring(folder: Path, there: HydraLauncher) -> Result:
@@ -207,8 +205,13 @@ def settle(cfg: Config) -> None:
     cfg.template.date = cfg.template.date or datetime.now().date().isoformat()
 
 
-def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
+def freeze(cfg: Config, overrides: Sequence[str], *, held: bool = True) -> Path:
     """Settle what depends on the machine, and write the run's folder: from here on nobody reads conf/ again.
+
+    Args:
+        cfg: A checked config; it is settled in place.
+        overrides: What was typed for it.
+        held: Whether this process is going to start it.
 
     Raises:
         ConfigError: The model is nowhere to be found.
@@ -217,8 +220,11 @@ def freeze(cfg: Config, overrides: Sequence[str]) -> Path:
     settle(cfg)
     folder = _make_folder(cfg)
     _write_manifest(cfg, overrides, folder, environment.facts())
-    Result(holder=record.Holder.me()).save(folder)
     write(cfg, folder)
+    if held:
+        Result(holder=record.Holder.me()).save(folder)
+    else:
+        (folder / record.RESULT).unlink()  # it has kept the folder for this process
     return folder
 
 
@@ -442,13 +448,7 @@ def how_it_was(folder: Path, code: int, told: Status | None) -> Result:
     if result.status is Status.running and result.holder != record.Holder.me():
         return result  # somebody else has come to be at it
     if result.holder:  # nobody said how it ended; the holder may be this process, if no worker came that far
-        result.holder = None
-        result.status = told or Status.failed
-        result.reason = "ended at once" if told else _how_it_died(code)
-        last, so_far = record.latest_checkpoint(folder), record.so_far(folder)
-        result.checkpoint = str(last.relative_to(folder)) if last else None
-        result.step, result.metrics = so_far["step"], so_far["metrics"]
-        result.save(folder)
+        return record.conclude(folder, told or Status.failed, "ended at once" if told else _how_it_died(code))
     return result
 
 

@@ -184,16 +184,8 @@ def bring(folder: Path, screen: Screen) -> Result:
         is_theirs = result.status is Status.running and result.holder != Holder.me()
         if not is_theirs and not result.problems:  # with problems, the worker has said it all
             reason = str(error) if isinstance(error, FtrunError) else f"{type(error).__name__}: {error}"
-            result = failed(folder, reason)
+            result = record.conclude(folder, Status.failed, reason)
         return result
-
-
-def failed(folder: Path, reason: str) -> Result:
-    """Say of a run that it failed, where it could not say so itself."""
-    last = record.latest_checkpoint(folder)
-    checkpoint = str(last.relative_to(folder)) if last else None
-    Result(status=Status.failed, reason=reason, checkpoint=checkpoint, **record.so_far(folder)).save(folder)
-    return Result.load(folder)
 
 
 def register(group: str, name: str, cls: type[Plugin], settings_class: type[Settings]) -> None:

@@ -124,7 +124,8 @@ class Tasks:
             wanted = _wanted(of_run, most_cpus=nodes[0]["CPU"] if self._address is None else None)
             if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
                 if self._address is None:
-                    self._over(launcher.failed(folder, f"this machine has less than {_text(wanted)}"), display)
+                    reason = f"this machine has less than {_text(wanted)}"
+                    self._over(record.conclude(folder, Status.failed, reason), display)
                     continue
                 display.line(
                     f"[yellow]no node has {_text(wanted)}[/]; Ray waits for one to join: {escape(folder.name)}"
@@ -165,7 +166,7 @@ class Tasks:
         if result.status is Status.running:
             self._elsewhere[folder] = reason
         elif result.holder or result == self._before[folder]:
-            result = launcher.failed(folder, reason)
+            result = record.conclude(folder, Status.failed, reason)
         return result
 
     def _look(self, display: PoolDisplay) -> bool:
@@ -179,7 +180,7 @@ class Tasks:
             self._show(folder, display)
         for folder in ended:
             result, reason = looked_at[folder], self._elsewhere.pop(folder)
-            self._over(launcher.failed(folder, reason) if result.holder else result, display)
+            self._over(record.conclude(folder, Status.failed, reason) if result.holder else result, display)
         return bool(ended)
 
     def _show(self, folder: Path, display: PoolDisplay) -> None:

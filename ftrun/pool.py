@@ -22,7 +22,6 @@ from rich.markup import escape
 from ftrun import config, events, forkserver, launch, processes, record
 from ftrun.failures import Failures
 from ftrun.hardware import Device, Hardware
-from ftrun.launcher import failed
 from ftrun.pool_display import PoolDisplay
 from ftrun.record import Result, Status
 from ftrun.signals import Signals, send
@@ -127,7 +126,7 @@ class Pool:
                 slots = self._slots_of(hardware.device)
                 if (count := hardware.num_processes or 1) > slots.most:
                     reason = f"it needs {count} {hardware.device} devices, and there are {slots.most}"
-                    self._over(failed(folder, reason), display)
+                    self._over(record.conclude(folder, Status.failed, reason), display)
                 elif (slot := slots.take(count)) is None:
                     return
                 elif attempt := self._attempt(folder, hardware, slot, signals):
@@ -191,7 +190,7 @@ class Pool:
             display.seen(attempt.folder)
             return False
         if result.holder:
-            result = failed(attempt.folder, "its process ended and said nothing")
+            result = record.conclude(attempt.folder, Status.failed, "its process ended and said nothing")
         self._over(result, display)
         return True
 

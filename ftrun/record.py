@@ -344,6 +344,14 @@ def so_far(folder: Path) -> dict[str, Any]:
     return {"step": max(step, step_of(saved) if saved else 0), "metrics": last_values(lines)}
 
 
+def conclude(folder: Path, status: Status, reason: str) -> Result:
+    """Write down how a run ended that could not say so itself, with as far as it had come, and return that."""
+    last = latest_checkpoint(folder)
+    checkpoint = str(last.relative_to(folder)) if last else None
+    Result(status=status, reason=reason, checkpoint=checkpoint, **so_far(folder)).save(folder)
+    return Result.load(folder)
+
+
 def cut_back(folder: Path, step: int) -> None:
     """Drop what was logged after ``step``: the steps from there are about to be done again."""
     for name in (METRICS, SAMPLES):

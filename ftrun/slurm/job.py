@@ -21,7 +21,7 @@ from pathlib import Path
 from ftrun import record
 from ftrun.failures import Failures
 from ftrun.record import EXIT_CODES, Result, Status
-from ftrun.slurm import cluster, last_word
+from ftrun.slurm import cluster
 from ftrun.slurm.cluster import Element, SlurmError
 from ftrun.slurm.submission import Submission
 from ftrun.slurm.told import Told
@@ -110,7 +110,7 @@ def _is_stopped(submission: Submission) -> bool:
 def _run(folder: Path, told: Told) -> Result:
     """Do a run on the nodes of the job, and return how it went."""
     if told.numbers:
-        return last_word.write(folder, Status.preempted, "")
+        return record.conclude(folder, Status.preempted, "")
     command = ["srun", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_places()]
     command += [sys.executable, "-P", "-m", "ftrun.slurm.node", str(folder)]
     process = subprocess.Popen(command, env=os.environ | _meeting(), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -123,9 +123,9 @@ def _run(folder: Path, told: Told) -> Result:
     result = Result.load(folder)
     if result.holder or result.status is Status.queued or (code and result.status is Status.preempted):
         if told.numbers:
-            return last_word.write(folder, Status.preempted, "")
+            return record.conclude(folder, Status.preempted, "")
         reason = f"its processes on one of its nodes ended, and all with them (srun: exit code {code})"
-        return last_word.write(folder, Status.failed, reason)
+        return record.conclude(folder, Status.failed, reason)
     return result
 
 

@@ -17,14 +17,13 @@ def main(folder: str) -> int:
     from ftrun.slurm.told import Told
 
     told = Told()  # before the imports that take a while
-    from ftrun import launcher, processes
+    from ftrun import launcher, processes, record
     from ftrun.record import Status
-    from ftrun.slurm import last_word
 
     rank = os.environ[processes.NODE_RANK] = os.environ["SLURM_NODEID"]
     if told.numbers:
         if rank == "0":
-            last_word.write(Path(folder), Status.preempted, "")
+            record.conclude(Path(folder), Status.preempted, "")
         return 0
     if rank == "0":
         return int(launcher.bring(Path(folder), launcher.Silent()).status is Status.failed)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from ftrun import record
 from ftrun.display import near
 from ftrun.pool_display import PoolDisplay
 from ftrun.record import Result, Status
 from ftrun.signals import Signals
-from ftrun.slurm import cluster, last_word
+from ftrun.slurm import cluster
 from ftrun.slurm.cluster import SlurmError, State
 from ftrun.slurm.submission import Placed, placed
 
@@ -105,7 +106,7 @@ def settle(run: Path, place: Placed | None) -> Result:
     state = place.state
     if state.name == cluster.GONE:
         state = cluster.accounted([place.element]).get(place.element, state)
-    return last_word.write(run, *_why(state, place, result))
+    return record.conclude(run, *_why(state, place, result))
 
 
 def _why(state: State, place: Placed, result: Result) -> tuple[Status, str]:

@@ -182,13 +182,8 @@ class _Held:
         print(f"no progress for {minutes:g} minutes; what each thread was doing:", file=sys.stderr)  # noqa: T201
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        last = record.latest_checkpoint(self._folder)
-        Result(
-            status=Status.failed,
-            reason=f"no progress for {minutes:g} minutes, which is train.stall_minutes; the log says where it hung",
-            checkpoint=str(last.relative_to(self._folder)) if last else None,
-            **record.so_far(self._folder),
-        ).save(self._folder)
+        reason = f"no progress for {minutes:g} minutes, which is train.stall_minutes; the log says where it hung"
+        record.conclude(self._folder, Status.failed, reason)
         os._exit(1)
 
 
