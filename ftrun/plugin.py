@@ -29,9 +29,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from importlib.machinery import PathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ftrun.errors import FtrunError, Problem
@@ -423,6 +424,14 @@ def forget_files() -> None:
         del _registered[option]
 
 
+class _Uncached(SourceFileLoader):
+    """Compiles a file as it stands: the cache goes by second and size, and leaves a folder beside the user's files."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the module's code."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_file(path: Path) -> None:
     """Import a plugin file named on the command line.
 
@@ -434,8 +443,8 @@ def load_file(path: Path) -> None:
     except OSError as error:
         raise PluginError(f"{path} cannot be read: {error.strerror}") from None
     module_name = f"{_FILES}{path.stem}_{digest}"  # another file of the same name is another module
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_Uncached(module_name, str(path)))
+    if spec is None or spec.loader is None or path.suffix != ".py":
         raise PluginError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module

@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from ftrun import config, estimate, forkserver, launch, record
+from ftrun.errors import ConfigError
 from ftrun.estimate import Estimate
 from ftrun.record import Result
 
@@ -78,10 +79,10 @@ def test_runs_of_another_machine_or_damaged_ones_say_nothing(here):
     assert estimate._earlier([here / "outputs"]) == []
 
 
-def test_a_model_that_is_not_at_hand_is_unknown_and_says_why(here, capsys):
+def test_a_model_that_is_nowhere_to_be_found_is_refused(here):
     cfg = config.compose(["model=qwen2", "hardware=cpu"])
-    out = shown(capsys, estimate.show, cfg)
-    assert "memory unknown: Qwen/Qwen2-0.5B-Instruct is not on this machine, and HF_HUB_OFFLINE is set" in out
+    with pytest.raises(ConfigError, match="is not on this machine, and HF_HUB_OFFLINE is set"):
+        estimate.show(cfg)
 
 
 def test_a_probe_is_printed_beside_the_estimate(here, capsys):

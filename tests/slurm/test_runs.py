@@ -43,7 +43,8 @@ def long(ftrun, tmp_path):
     """Submit a long run, and return its folder once it has taken five steps."""
 
     def submit(*words):
-        done = ftrun("-m", *LONG, *SLURM, "seed=1", *words, f"output_dir={tmp_path / 'sweep'}").sees(0)
+        words = words if any(word.startswith("seed=") for word in words) else (*words, "seed=1")
+        done = ftrun("-m", *LONG, *SLURM, *words, f"output_dir={tmp_path / 'sweep'}").sees(0)
         assert "to come" in done.out
         run = next(record.runs(tmp_path / "sweep"))
         until(lambda: step_of(run) >= 5)
@@ -73,13 +74,13 @@ def test_a_single_run_is_started_cold_and_waited_for(start, ftrun, tmp_path):
 
 
 def test_a_grid_is_one_array_and_is_not_submitted_again(ftrun, tmp_path):
-    words = ("-m", *TINY, *WAIT, "seed=1,2,3,4", "output_dir=sweep")
-    ftrun(*words).sees(0)
+    words = ("-m", *TINY, *WAIT, "output_dir=sweep")
+    ftrun(*words, "seed=1,2,3,4").sees(0)
     assert statuses(tmp_path / "sweep") == ["completed"] * 4
     assert shape(tmp_path / "sweep") == [4]
     here = ftrun(*TINY, "seed=3")
     assert comparable(tmp_path / "sweep" / "seed=3") == comparable(here.folder)
-    ftrun(*words).sees(0)
+    ftrun(*words, "seed=1,2,3,4").sees(0)
     assert shape(tmp_path / "sweep") == [4]
     ftrun(*words, "seed=3,4,5,6").sees(0)
     assert shape(tmp_path / "sweep") == [4, 2]
@@ -173,7 +174,7 @@ def test_cancel_ends_what_runs_and_what_waits(long, tmp_path):
 
 
 def test_a_run_makes_room_for_others_and_goes_on_afterwards(long, whole):
-    run = long("hardware.cpus=4")
+    run = long("hardware.cpus=4", "hardware.num_threads=1")
     node = subprocess.check_output(["squeue", "-h", "-o", "%N"], text=True).strip()
     other = ["--partition=high", f"--nodelist={node}", "--cpus-per-task=4", "--mem=100", "--output=/dev/null"]
     subprocess.run(["sbatch", "--parsable", *other, "--wrap=sleep 1"], check=True, capture_output=True)
