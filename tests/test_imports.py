@@ -80,7 +80,7 @@ def plugins(modules: set[str]) -> set[str]:
         ("diff nothing nothing", 2),
         ("cancel nothing", 2),
         ("check --quick -m model=tiny seed=1,2", 0),
-        ("check --quick -m model=tiny seed=1,2 hydra/launcher=slurm", 0),
+        ("check --quick -m model=tiny hardware=cpu seed=1,2 hydra/launcher=slurm", 0),
         ("completion bash", 0),
         ("__complete train.scheduler=", 0),
     ],
