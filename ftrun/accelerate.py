@@ -6,7 +6,7 @@ is typed and what the file says must agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +69,23 @@ def take_over(hardware: Hardware, train: Train) -> Iterator[Problem]:
 
 def _grant(wish: _Wish, hardware: Hardware, train: Train) -> Iterator[Problem]:
     """Set a key, unless it is set to something else already."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ValidationError
+
     group, _, name = wish.key.partition(".")
     node: Any = hardware if group == "hardware" else train
     default, now = getattr(type(node)(), name), getattr(node, name)
-    if now not in (default, wish.value):
+    schema = OmegaConf.structured(type(node))
+    try:
+        schema[name] = wish.value
+    except ValidationError:
+        yield Problem(KEY, f"it says {wish.said}, which is no value of {wish.key}", "another, or leave it out")
+        return
+    if now not in (default, schema[name]):
         message = f"it says {wish.said}, and {wish.key}={_typed(now)} is typed"
         yield Problem(KEY, message, f"{wish.key}={_typed(wish.value)}, or another {wish.said.partition(':')[0]} in it")
         return
-    setattr(node, name, wish.value)
+    setattr(node, name, schema[name])
 
 
 def _typed(value: Any) -> str:
@@ -104,10 +113,17 @@ class _File:
         """Note a problem with a key."""
         self.problems.append(Problem(KEY, f"it says {key}: {_typed(value)}, and {why}", fix))
 
+    def _one_of(self, ours: str, known: Mapping[str, Any], key: str, value: Any, why: str) -> Iterator[_Wish]:
+        """Yield what one of several words stands for."""
+        if str(value) in known:
+            yield _Wish(ours, known[str(value)], f"{key}: {value}")
+        else:
+            self.refuse(key, value, why, f"one of {', '.join(known)}")
+
     def _processes(self, key: str, value: Any) -> Iterator[_Wish]:
         """Processes of all machines, where ours are those of each."""
         nodes = self.said.get("num_machines") or 1
-        if not isinstance(value, int) or value < 1 or value % nodes:
+        if not isinstance(value, int) or not isinstance(nodes, int) or value < 1 or value % nodes:
             self.refuse(key, value, f"that many cannot be shared out among {nodes} machines evenly", "a multiple")
             return
         yield _Wish("hardware.num_processes", value // nodes, f"{key}: {value}")
@@ -119,10 +135,7 @@ class _File:
         from ftrun.train import Precision
 
         known = {"no": Precision.fp32, "False": Precision.fp32, "bf16": Precision.bf16, "fp16": Precision.fp16}
-        if str(value) not in known:
-            self.refuse(key, value, "train.precision has no such type", f"one of {', '.join(['no', 'bf16', 'fp16'])}")
-            return
-        yield _Wish("train.precision", known[str(value)], f"{key}: {value}")
+        yield from self._one_of("train.precision", known, key, value, "train.precision has no such type")
 
     def _device(self, key: str, value: Any) -> Iterator[_Wish]:
         from ftrun.hardware import Device
@@ -149,24 +162,23 @@ class _File:
     def _fsdp(self, key: str, value: Any) -> Iterator[_Wish]:
         from ftrun.hardware import Sharding
 
-        if value:
+        if not isinstance(value, dict):
+            yield from self._part(key, value, _FSDP, ())
+        elif value:
             yield _Wish("hardware.sharding", Sharding.fsdp2, key)
             if str(value.get("fsdp_version", 1)) != "2":
                 why = "ftrun has FSDP2 only, whose files `accelerate to-fsdp2` makes of those for FSDP1"
                 self.refuse("fsdp_version", value.get("fsdp_version", 1), why, "fsdp_version: 2")
-            yield from self._part(value, _FSDP, ("fsdp_version",))
+            yield from self._part(key, value, _FSDP, ("fsdp_version",))
 
     def _wrap(self, key: str, value: Any) -> Iterator[_Wish]:
         from ftrun.hardware import Wrap
 
         known = {"TRANSFORMER_BASED_WRAP": Wrap.layer, "SIZE_BASED_WRAP": Wrap.size}
-        if value in known:
-            yield _Wish("hardware.wrap", known[value], f"{key}: {value}")
-        else:
-            self.refuse(key, value, "the whole model would be gathered at once", f"one of {', '.join(known)}")
+        yield from self._one_of("hardware.wrap", known, key, value, "the whole model would be gathered at once")
 
     def _fewest(self, key: str, value: Any) -> Iterator[_Wish]:
-        yield _Wish("hardware.wrap_min_parameters", int(value), f"{key}: {value}")
+        yield _Wish("hardware.wrap_min_parameters", value, f"{key}: {value}")
 
     def _reshards(self, key: str, value: Any) -> Iterator[_Wish]:
         if isinstance(value, bool):
@@ -184,10 +196,7 @@ class _File:
         from ftrun.hardware import CheckpointForm
 
         known = {"FULL_STATE_DICT": CheckpointForm.whole, "SHARDED_STATE_DICT": CheckpointForm.sharded}
-        if value in known:
-            yield _Wish("hardware.checkpoint", known[value], f"{key}: {value}")
-        else:
-            self.refuse(key, value, "there are no such checkpoints here", f"one of {', '.join(known)}")
+        yield from self._one_of("hardware.checkpoint", known, key, value, "there are no such checkpoints here")
 
     def _checkpointing(self, key: str, value: Any) -> Iterator[_Wish]:
         if value not in _EMPTY:
@@ -198,25 +207,20 @@ class _File:
         yield from ()
 
     def _deepspeed(self, key: str, value: Any) -> Iterator[_Wish]:
-        if value:
-            yield from self._part(value, _DEEPSPEED, ())
+        yield from self._part(key, value, _DEEPSPEED, ())
 
     def _stage(self, key: str, value: Any) -> Iterator[_Wish]:
         from ftrun.hardware import Sharding
 
-        if str(value) in ("1", "2", "3"):
-            yield _Wish("hardware.sharding", Sharding(f"zero{value}"), f"{key}: {value}")
-        else:
-            self.refuse(key, value, "ZeRO has the stages 1, 2 and 3", f"{key}: 2, or without deepspeed_config")
+        known = {str(stage): Sharding(f"zero{stage}") for stage in (1, 2, 3)}
+        yield from self._one_of("hardware.sharding", known, key, value, "ZeRO has the stages 1, 2 and 3")
 
     def _offload(self, key: str, value: Any) -> Iterator[_Wish]:
         from ftrun.hardware import Offload
 
         ours = {"offload_optimizer_device": "offload_optimizer", "offload_param_device": "offload_weights"}[key]
-        if value in [each.value for each in Offload]:
-            yield _Wish(f"hardware.{ours}", Offload(value), f"{key}: {value}")
-        else:
-            self.refuse(key, value, "that is no place to offload to", "none, cpu or nvme")
+        known = {each.value: each for each in Offload}
+        yield from self._one_of(f"hardware.{ours}", known, key, value, "that is no place to offload to")
 
     def _nvme(self, key: str, value: Any) -> Iterator[_Wish]:
         if value not in (*_EMPTY, "none"):
@@ -224,13 +228,17 @@ class _File:
 
     def _accumulation(self, key: str, value: Any) -> Iterator[_Wish]:
         if value != "auto":
-            yield _Wish("train.grad_accumulation", int(value), f"{key}: {value}")
+            yield _Wish("train.grad_accumulation", value, f"{key}: {value}")
 
     def _clipping(self, key: str, value: Any) -> Iterator[_Wish]:
         if value != "auto":
-            yield _Wish("train.max_grad_norm", float(value), f"{key}: {value}")
+            yield _Wish("train.max_grad_norm", value, f"{key}: {value}")
 
-    def _part(self, part: Any, readers: dict[str, _Reader], known: tuple[str, ...]) -> Iterator[_Wish]:
+    def _part(self, name: str, part: Any, readers: dict[str, _Reader], known: tuple[str, ...]) -> Iterator[_Wish]:
+        if not isinstance(part, dict):
+            if part not in _EMPTY:
+                self.refuse(name, part, "it is keys with values")
+            return
         for key, value in part.items():
             if key in readers:
                 yield from readers[key](self, key, value)

@@ -246,6 +246,8 @@ def test_a_file_of_accelerate_for_deepspeed(write):
         (ZERO_FILE.replace("zero_stage: 2", "zero_stage: 0"), [], "ZeRO has the stages 1, 2 and 3"),
         (ZERO_FILE.replace("DEEPSPEED", "MULTI_GPU"), [], "deepspeed_config: ..., and distributed_type is MULTI_GPU"),
         ("distributed_type: MEGATRON_LM", [], "does not distribute in this way"),
+        ("num_machines: many", [], "num_machines: many, which is no value of hardware.num_nodes"),
+        ("distributed_type: FSDP\nfsdp_config: [1]", [], "it is keys with values"),
         ("[1]", [], "is not KEY: VALUE"),
         ("a: [", [], "is no YAML"),
     ],
