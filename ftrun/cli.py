@@ -156,7 +156,6 @@ def _check(words: list[str]) -> int:
 
 def _check_sweep(words: list[str], *, is_quick: bool, probe: bool) -> int:
     from ftrun.display import console
-    from ftrun.launcher import Launcher
     from ftrun.sweep import run
 
     if probe:
@@ -165,8 +164,7 @@ def _check_sweep(words: list[str], *, is_quick: bool, probe: bool) -> int:
     if not is_quick:
         from ftrun import estimate
 
-        launcher, keep = checked.sweeper.launcher, checked.sweeper.settings.keep
-        slots = launcher.slots if isinstance(launcher, Launcher) else 1
+        slots, keep = checked.sweeper.launcher.slots, checked.sweeper.settings.keep
         estimate.show_sweep(checked.count, checked.shapes, slots=slots, keep=keep, folder=checked.folder)
     console.print(f"[green]no problems[/] in {checked.count} runs")
     return 0

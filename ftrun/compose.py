@@ -25,7 +25,6 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
@@ -203,7 +202,7 @@ def sweeper(where: Sequence[str]) -> Sweeper:
     return made
 
 
-def launcher_alone(where: Sequence[str]) -> Launcher:
+def launcher_alone(where: Sequence[str]) -> launcher.Launcher:
     """Make the launcher that the words ask for, for a single run.
 
     Raises:
@@ -212,7 +211,7 @@ def launcher_alone(where: Sequence[str]) -> Launcher:
     if about := [word for word in where if word.lstrip("+~").startswith(("hydra/sweeper", "hydra.sweeper"))]:
         raise ConfigError([Problem(about[0], "is about a sweep, and this is one run", f"ftrun -m {about[0]}")])
     cfg, context = _hydra(where)
-    return Plugins.instance().instantiate_launcher(context, launcher.do, cfg)
+    return launcher.adapted(Plugins.instance().instantiate_launcher(context, launcher.do, cfg))
 
 
 def _hydra(where: Sequence[str]) -> tuple[DictConfig, HydraContext]:

@@ -42,6 +42,20 @@ class Device(StrEnum):
         """What torch calls it: ROCm answers to ``cuda``."""
         return "cuda" if self is Device.rocm else self.value
 
+    @property
+    def is_one(self) -> bool:
+        """Whether a machine has one at most, which all processes share."""
+        return self in (Device.cpu, Device.mps)
+
+
+VISIBLE = {
+    Device.cuda: "CUDA_VISIBLE_DEVICES",
+    Device.rocm: "HIP_VISIBLE_DEVICES",
+    Device.npu: "ASCEND_RT_VISIBLE_DEVICES",
+    Device.xpu: "ZE_AFFINITY_MASK",
+}
+"""By which environment variable a process is shown some of the machine's devices only."""
+
 
 class Sharding(StrEnum):
     """What of the training the processes share out, instead of each holding all of it."""
@@ -171,6 +185,16 @@ class Hardware:
     def world_size(self) -> int:
         """Processes on all machines."""
         return self.num_nodes * (self.num_processes or 1)
+
+    @property
+    def accelerators(self) -> int:
+        """Accelerators of each machine that a run takes."""
+        return 0 if self.device.is_one else self.num_processes or 1
+
+    @property
+    def busy_cpus(self) -> int:
+        """CPUs of each machine that a run keeps busy, or is to get."""
+        return self.cpus or (self.num_processes or 1) * ((self.num_threads or 1) + self.data_workers)
 
     @property
     def in_a_group(self) -> bool:
@@ -355,10 +379,10 @@ def _accelerators() -> Iterator[Found]:
         capable = all(float(capability) >= 8 for _, capability in names)
         yield Found(Device.cuda, tuple(name for name, _ in names), bf16=capable)
     if Path("/dev/kfd").exists() and (nodes := list(Path("/dev/dri").glob("renderD*"))):
-        visible = _visible("HIP_VISIBLE_DEVICES", len(nodes))
+        visible = _visible(Device.rocm, len(nodes))
         yield Found(Device.rocm, ("AMD GPU",) * visible, bf16=True)
     if npus := list(Path("/dev").glob("davinci[0-9]*")):
-        yield Found(Device.npu, ("Ascend NPU",) * _visible("ASCEND_RT_VISIBLE_DEVICES", len(npus)), bf16=True)
+        yield Found(Device.npu, ("Ascend NPU",) * _visible(Device.npu, len(npus)), bf16=True)
     if shutil.which("xpu-smi"):
         yield Found(Device.xpu, ("Intel GPU",), bf16=True)
     if platform.system() == "Darwin" and platform.machine() == "arm64":
@@ -372,14 +396,12 @@ def _nvidia() -> list[tuple[str, str]]:
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30)
     lines = [line.rpartition(",") for line in done.stdout.strip().splitlines()] if done.returncode == 0 else []
-    return [(name.strip(), capability.strip()) for name, _, capability in lines][
-        : _visible("CUDA_VISIBLE_DEVICES", len(lines))
-    ]
+    return [(name.strip(), capability.strip()) for name, _, capability in lines][: _visible(Device.cuda, len(lines))]
 
 
-def _visible(variable: str, count: int) -> int:
+def _visible(device: Device, count: int) -> int:
     """Return how many of ``count`` devices an environment variable leaves visible."""
-    value = os.environ.get(variable)
+    value = os.environ.get(VISIBLE[device])
     if value is None:
         return count
     return min(count, len([part for part in value.split(",") if part.strip() not in ("", "-1")]))

@@ -31,7 +31,7 @@ from ftrun.signals import Signals
 from ftrun.slurm import submission
 
 if TYPE_CHECKING:
-    from hydra.plugins.launcher import Launcher as HydraLauncher
+    from ftrun.launcher import Launcher
 
 
 def run(overrides: Sequence[str]) -> Result:
@@ -61,22 +61,21 @@ def hand_over(overrides: Sequence[str], where: Sequence[str]) -> Result:
     return _bring(freeze(check(overrides, there=there), overrides, held=False), there)
 
 
-def _bring(folder: Path, there: HydraLauncher) -> Result:
+def _bring(folder: Path, there: Launcher) -> Result:
     """Have a launcher bring a frozen run to its end."""
     from ftrun import launcher
 
     try:
         there.launch([[launcher.override(folder)]], 0)
     finally:
-        if isinstance(there, launcher.Launcher):
-            there.close()
+        there.close()
     result = Result.load(folder)
-    if result.status is Status.queued and isinstance(there, launcher.Launcher):
+    if result.status is Status.queued:
         result.status = there.told or result.status
     return failing(result)
 
 
-def check(overrides: Sequence[str], *, to_run: bool = True, there: HydraLauncher | None = None) -> Config:
+def check(overrides: Sequence[str], *, to_run: bool = True, there: Launcher | None = None) -> Config:
     """Compose a config, and look at what it names on this machine's disk: model, first rows, the run's folder.
 
     Args:
@@ -87,15 +86,11 @@ def check(overrides: Sequence[str], *, to_run: bool = True, there: HydraLauncher
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from ftrun import launcher
-
     cfg, problems = config.examine(overrides)
     if cfg is not None:
         problems += [*wrong_on_disk(cfg, to_run=to_run), *(occupied(cfg.output_dir) if to_run else ())]
-        if isinstance(there, launcher.Launcher):
-            problems += there.check(cfg)
-        elif to_run and there is None:
-            problems += hardware.unread_limits(cfg.hardware)
+        if to_run:
+            problems += there.check(cfg) if there else hardware.unread_limits(cfg.hardware)
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg

@@ -113,7 +113,10 @@ class Launcher(HydraLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Bring each job to its end, or as far as the launcher goes."""
         folders = [_folder(given) for given in job_overrides]
-        self.work(folders)
+        try:
+            self.work(folders)
+        except KeyboardInterrupt:  # where nobody looks after signals
+            self.told, self.is_stopped = Status.interrupted, True
         return [_returned(folder, given) for folder, given in zip(folders, job_overrides, strict=True)]
 
     def close(self) -> None:
@@ -122,6 +125,25 @@ class Launcher(HydraLauncher):
     @abstractmethod
     def work(self, folders: Sequence[Path]) -> None:
         """Bring the frozen runs in these folders to their end; how each went is in its ``result.json``."""
+
+
+class Foreign(Launcher):
+    """A launcher of others, which knows of Hydra's jobs and nothing else: it calls `do` for each."""
+
+    def __init__(self, theirs: HydraLauncher) -> None:
+        super().__init__()
+        self._theirs = theirs
+        self._count = 0
+
+    def work(self, folders: Sequence[Path]) -> None:
+        """Have it launch them."""
+        first, self._count = self._count, self._count + len(folders)
+        self._theirs.launch([[override(folder)] for folder in folders], first)
+
+
+def adapted(made: HydraLauncher) -> Launcher:
+    """Return a launcher, whoever's it is, as one of ftrun's."""
+    return made if isinstance(made, Launcher) else Foreign(made)
 
 
 def do(cfg: DictConfig) -> dict[str, Any]:

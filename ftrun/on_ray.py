@@ -220,11 +220,10 @@ class Tasks:
 
 def _wanted(hardware: Hardware, most_cpus: float | None) -> dict[str, float]:
     """Return what a run is to get, by the names that Ray's nodes use; on one machine never more CPUs than it has."""
-    processes = hardware.num_processes or 1
-    cpus = float(hardware.cpus or processes * (hardware.num_threads or 1))
+    cpus = float(hardware.busy_cpus)
     wanted = {"CPU": min(cpus, most_cpus or cpus)}
-    if hardware.device not in (Device.cpu, Device.mps):  # Ray knows nothing of Apple's
-        wanted["NPU" if hardware.device is Device.npu else "GPU"] = processes
+    if hardware.accelerators:
+        wanted["NPU" if hardware.device is Device.npu else "GPU"] = hardware.accelerators
     if hardware.memory_gb is not None:
         wanted["memory"] = int(hardware.memory_gb * 2**30)
     return wanted

@@ -6,7 +6,6 @@ torchrun sets.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import Protocol
 from ftrun import forkserver, record
 from ftrun.errors import ConfigError, Problem
 from ftrun.hardware import Device, Hardware
+from ftrun.signals import send
 
 GRACE_SECONDS = 10.0
 """How long the other processes of a run have to end by themselves once one has failed."""
@@ -187,13 +187,9 @@ class Together:
             alive = [process.pid for process, code in zip(self._processes, codes, strict=True) if code is None]
             if self._kill_at is None:
                 self._kill_at = time.monotonic() + GRACE_SECONDS
-                self._tell(alive, signal.SIGTERM)
+                for pid in alive:
+                    send(pid, signal.SIGTERM)
             elif time.monotonic() >= self._kill_at:
-                self._tell(alive, signal.SIGKILL)
+                for pid in alive:
+                    send(pid, signal.SIGKILL)
         return None
-
-    @staticmethod
-    def _tell(pids: Sequence[int], number: int) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)

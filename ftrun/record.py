@@ -173,8 +173,7 @@ class Result:
         result = cls(**values | {"status": Status(values["status"])}, holder=holder, folder=str(folder))
         if result.status is Status.running and not (holder and holder.is_alive(path.stat().st_mtime)):
             result.status, result.reason = Status.interrupted, "its process is gone"
-            last = latest_checkpoint(folder)
-            result.checkpoint = str(last.relative_to(folder)) if last else None
+            result.checkpoint = checkpoint_name(folder)
         return result
 
     def user_problems(self) -> list[Problem]:
@@ -346,9 +345,7 @@ def so_far(folder: Path) -> dict[str, Any]:
 
 def conclude(folder: Path, status: Status, reason: str) -> Result:
     """Write down how a run ended that could not say so itself, with as far as it had come, and return that."""
-    last = latest_checkpoint(folder)
-    checkpoint = str(last.relative_to(folder)) if last else None
-    Result(status=status, reason=reason, checkpoint=checkpoint, **so_far(folder)).save(folder)
+    Result(status=status, reason=reason, checkpoint=checkpoint_name(folder), **so_far(folder)).save(folder)
     return Result.load(folder)
 
 
@@ -375,6 +372,12 @@ def step_of(checkpoint: Path) -> int:
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, if it has one."""
     return found[-1] if (found := checkpoints(folder)) else None
+
+
+def checkpoint_name(folder: Path) -> str | None:
+    """Return the newest complete checkpoint as ``result.json`` has it: from the run's folder."""
+    last = latest_checkpoint(folder)
+    return str(last.relative_to(folder)) if last else None
 
 
 def remove_incomplete_checkpoints(folder: Path) -> None:

@@ -20,14 +20,6 @@ from ftrun.hardware import Device
 FOLDER = "FTRUN_SLOTS"
 """Environment variable that names the folder of the locks; all drivers of a machine must use the same."""
 
-_VISIBLE = {
-    Device.cuda: "CUDA_VISIBLE_DEVICES",
-    Device.rocm: "HIP_VISIBLE_DEVICES",
-    Device.npu: "ASCEND_RT_VISIBLE_DEVICES",
-    Device.xpu: "ZE_AFFINITY_MASK",
-}
-"""By which variable a process is shown some of the machine's devices only."""
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -55,7 +47,7 @@ class Slots:
 
     def __init__(self, device: Device, count: int) -> None:
         self.device = device
-        self.is_shared = device in (Device.cpu, Device.mps)
+        self.is_shared = device.is_one
         """Whether the processes of one job share one place."""
 
         if self.is_shared:
@@ -87,13 +79,13 @@ class Slots:
         return slot
 
     def _shown(self, devices: Sequence[str]) -> dict[str, str]:
-        variable = _VISIBLE.get(self.device)
+        variable = hardware.VISIBLE.get(self.device)
         return {variable: ",".join(devices)} if variable else {}
 
 
 def _devices(device: Device) -> list[str]:
     """Return the accelerators as the variable that shows them names them."""
-    if shown := os.environ.get(_VISIBLE[device]):
+    if shown := os.environ.get(hardware.VISIBLE[device]):
         return [part.strip() for part in shown.split(",") if part.strip() not in ("", "-1")]
     return [str(number) for number in range(len(hardware.find(device).names))]
 

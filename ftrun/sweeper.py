@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper as HydraSweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ftrun.errors import Problem
 from ftrun.keep import Keep
-from ftrun.launcher import Settings
+from ftrun.launcher import Launcher, Settings, adapted
 from ftrun.sweep.halving import Halving
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Sweeper(HydraSweeper):
             ConfigError: With everything that is wrong with them.
         """
         self.settings: Any = self.settings_class.read(self._given, "hydra.sweeper.")
-        self.launcher: Launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        self.launcher: Launcher = adapted(Plugins.instance().instantiate_launcher(hydra_context, task_function, config))
 
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's way in, which is not ftrun's: a sweep has a folder, which `ftrun.sweep.run` knows."""

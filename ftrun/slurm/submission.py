@@ -2,14 +2,14 @@
 
 In the sweep's folder (a single run's own) is ``.slurm``, and in it for each array, by its name in SLURM:
 
-============== ================================================================================
-``NAME.jsonl`` one object an element, in order: the run's folder
-``NAME.json``  the array's number, the command that submitted it, when
-``NAME.sh``    what each element runs
-``NAME-K.log`` what the K-th element printed; the run's own output is in its ``log.txt``
-``NAME.ended`` one object an element that has ended: how
-``NAME.stop``  why the elements that had not started were not to
-============== ================================================================================
+================ ==============================================================================
+``NAME.jsonl``   one object an element, in order: the run's folder
+``NAME.json``    the array's number, the command that submitted it, when
+``NAME.sh``      what each element runs
+``NAME-K.log``   what the K-th element printed; the run's own output is in its ``log.txt``
+``NAME-K.ended`` how the K-th element's run ended
+``NAME.stop``    why the elements that had not started were not to
+================ ==============================================================================
 """
 
 from __future__ import annotations
@@ -75,14 +75,10 @@ class Resources:
     @classmethod
     def of(cls, hardware: Hardware) -> Resources:
         """Return what a run needs that is computed on this."""
-        from ftrun.hardware import Device
-
-        processes = hardware.num_processes or 1
-        threads = (hardware.num_threads or 1) + hardware.data_workers
         return cls(
             nodes=hardware.num_nodes,
-            accelerators=0 if hardware.device in (Device.cpu, Device.mps) else processes,
-            cpus=hardware.cpus or processes * threads,
+            accelerators=hardware.accelerators,
+            cpus=hardware.busy_cpus,
             memory_gb=hardware.memory_gb,
             minutes=hardware.minutes,
         )

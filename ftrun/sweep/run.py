@@ -75,8 +75,7 @@ def check(words: Sequence[str]) -> Checked:
     where, rest = apart(points.expand(words))
     sweeper = compose.sweeper(where)
     given = sweeper.points(_without_folder(rest))
-    also = [sweeper.launcher.check] if isinstance(sweeper.launcher, launcher.Launcher) else []
-    shapes = estimate.shapes(cfg for _, cfg in freeze.check(given, *also))
+    shapes = estimate.shapes(cfg for _, cfg in freeze.check(given, sweeper.launcher.check))
     folder = _folder(sweeper, rest, _title(words))
     known = sum(count for _, count in shapes)
     count = sweeper.num_runs(rest, known)
@@ -119,14 +118,12 @@ class Sweep:
         self._ask = ask
         self._tried: set[Path] = set()
         self._note_after = 0.0
-        self._told: Status | None = None
-        if isinstance(self.launcher, launcher.Launcher):
-            self.launcher.on_end = self.note
+        self.launcher.on_end = self.note
 
     @property
     def told(self) -> Status | None:
         """What it was told while it ran, if anything: what ended it early."""
-        return self._told or (self.launcher.told if isinstance(self.launcher, launcher.Launcher) else None)
+        return self.launcher.told
 
     def freeze(self, wanted: Iterable[Point]) -> list[Job]:
         """Return the job of each point, frozen if it is not known yet.
@@ -134,10 +131,7 @@ class Sweep:
         Raises:
             ConfigError: With everything that is wrong with any point; nothing has been frozen then.
         """
-        if isinstance(self.launcher, launcher.Launcher):
-            jobs = freeze.freeze(wanted, self.ledger, self.launcher.slots, self.launcher.check)
-        else:
-            jobs = freeze.freeze(wanted, self.ledger, slots=1)
+        jobs = freeze.freeze(wanted, self.ledger, self.launcher.slots, self.launcher.check)
         self.ledger.note(self._ask)
         return jobs
 
@@ -150,12 +144,8 @@ class Sweep:
         todo = [folder for folder in dict.fromkeys(folders) if self._is_open(folder)]
         if todo:
             done, self._tried = len(self._tried), self._tried | set(todo)
-            try:
-                self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
-            except KeyboardInterrupt:  # of a launcher that is not ftrun's, or before it looked after signals
-                self._told = Status.interrupted
-                raise Stopped from None
-        if isinstance(self.launcher, launcher.Launcher) and self.launcher.is_stopped:
+            self.launcher.launch([[launcher.override(folder)] for folder in todo], done)
+        if self.launcher.is_stopped:
             raise Stopped
 
     def _is_open(self, folder: Path) -> bool:
@@ -176,8 +166,7 @@ class Sweep:
 
     def close(self) -> None:
         """Have the launcher give back what it keeps."""
-        if isinstance(self.launcher, launcher.Launcher):
-            self.launcher.close()
+        self.launcher.close()
 
     def conclude(self) -> None:
         """Delete what is not kept, of jobs that are stopped early, too: nothing goes on any more."""

@@ -47,8 +47,7 @@ def main(run_file: str, task: str | None = None, options: str = "{}") -> int:
         result.wall_seconds = round(time.monotonic() - begun, 3)
         # Of several processes the first speaks for all, but one that failed speaks first: the others are ended for it.
         if (rank == 0 or result.status is Status.failed) and not _another_failed(folder):
-            last = record.latest_checkpoint(folder)
-            result.checkpoint = str(last.relative_to(folder)) if last else None
+            result.checkpoint = record.checkpoint_name(folder)
             result.save(folder)
     except record.Held as error:  # who started this process is gone, and somebody else has come to be at the run
         print(error, file=sys.stderr)  # noqa: T201
